@@ -1,0 +1,193 @@
+"""The records that cross stages. Images stay encoded bytes, masks are RLE: nothing here is large."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+# Formats a shard can have. "image" is a directory's loose image files; the others are one file each.
+FORMATS = ("tfrecord", "tar", "parquet", "image")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """An input file as the file system lists it."""
+
+    path: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One input file, or up to `chunk_size` consecutive loose image files of one directory.
+
+    Attributes:
+      name: stem of the output files of its chunks: the path relative to the run's root, percent-encoded.
+      path: the file, or the directory of the loose files.
+      format: one of FORMATS.
+      files: the file itself, or the loose files in the order of their paths.
+      first_chunk: index of its first chunk. Loose files come one chunk a Shard, so theirs count up.
+      first_row: row of its first image, likewise.
+      max_images: read no more images than this; None = all.
+    """
+
+    name: str
+    path: str
+    format: str
+    files: tuple[SourceFile, ...]
+    first_chunk: int = 0
+    first_row: int = 0
+    max_images: int | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an image has no masks: the stage ("read", "decode" or "model") and a sentence for people."""
+
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One image as it lies in its shard, or the reason why it could not be read.
+
+    Attributes:
+      image_id: unique in the run: path relative to root for loose files, `<shard path>#<row>` in shards.
+      row: position in the shard, from 0.
+      key: the record's own key (WebDataset key, `image/source_id`), if it has one.
+      file_name: the record's own file name, if it has one; for loose files the base name.
+      data: the file's bytes; empty where reading failed.
+      failure: set where reading failed.
+    """
+
+    image_id: str
+    row: int
+    key: str | None
+    file_name: str | None
+    data: bytes
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive images of one shard: the unit of work, of commit and of resume.
+
+    Attributes:
+      shard: where the images come from.
+      index: position in the shard, from 0.
+      images: at most `chunk_size` of them.
+      final: True for the shard's last chunk.
+      digest: identifies the source's state, so that a resume notices a changed input.
+    """
+
+    shard: Shard
+    index: int
+    images: tuple[EncodedImage, ...]
+    final: bool
+    digest: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """How many candidate masks each filter removed, in the order of the filters."""
+
+    predicted_iou: int = 0
+    stability: int = 0
+    crop_edge: int = 0
+    box_nms: int = 0
+    crop_nms: int = 0
+    small_region: int = 0
+    area: int = 0
+    max_masks: int = 0
+
+    def __add__(self, other: Dropped) -> Dropped:
+        return Dropped(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One mask of one image, ready to be written.
+
+    Attributes:
+      size_hw: (H, W) of the image in pixels.
+      counts: COCO compressed RLE, column-major.
+      bbox_xywh: pixels, COCO's convention (pycocotools' toBbox of the RLE).
+      area: pixels.
+      predicted_iou: the model's own estimate of the mask's quality.
+      stability_score: IoU of the mask cut at a higher and at a lower logit, [0, 1]; NaN where both are empty.
+      point_xy: the prompt that made it, in pixels of the image.
+      crop_box_xywh: the crop it was made in, pixels of the image.
+    """
+
+    size_hw: tuple[int, int]
+    counts: str
+    bbox_xywh: tuple[float, float, float, float]
+    area: int
+    predicted_iou: float
+    stability_score: float
+    point_xy: tuple[float, float]
+    crop_box_xywh: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Where the time went: decode = image bytes, embed = image encoder, predict_masks = mask decoder."""
+
+    decode: float = 0.0
+    embed: float = 0.0
+    predict_masks: float = 0.0
+    postprocess: float = 0.0
+    write: float = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(frozen=True)
+class LabeledImage:
+    """What became of one image: masks in the reference's order, or a failure.
+
+    Attributes:
+      source: the image without its bytes.
+      sha256: of the bytes, hex; empty where there were none.
+      size_hw: (H, W) in pixels after orientation; None where decoding failed.
+      exif_orientation: 1..8 as stored in the file, 1 where it says nothing.
+      num_candidates: prompts x 3; equals len(masks) + dropped.total().
+    """
+
+    source: EncodedImage
+    sha256: str
+    size_hw: tuple[int, int] | None
+    exif_orientation: int
+    masks: tuple[Mask, ...] = ()
+    num_candidates: int = 0
+    dropped: Dropped = Dropped()
+    failure: Failure | None = None
+    seconds: Seconds = Seconds()
+
+    @property
+    def status(self) -> str:
+        if self.failure:
+            return "failed"
+        return "labeled" if self.masks else "empty"
+
+
+@dataclass(frozen=True)
+class LabeledChunk:
+    """A chunk's images with their masks. Same meaning of the fields as in Chunk."""
+
+    shard: Shard
+    index: int
+    images: tuple[LabeledImage, ...]
+    final: bool
+    digest: str

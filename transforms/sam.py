@@ -1,0 +1,164 @@
+"""The model: any SAM preset of KerasHub, compiled for the backend. The only seam to Keras (with sam_*.py).
+
+load_sam(preset) -> Sam, whose methods transforms/amg.py describes (the protocol of the same name). Device shapes depend
+on the model and on points_per_batch alone: batches are padded, so one compilation serves every image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from transforms.sam_decoder import embed_context, predict_iou, read_decoder, upscale_masks
+from transforms.sam_encoder import encode_image, read_encoder
+from transforms.sam_layers import Weights
+
+DTYPES = ("float32", "bfloat16", "float16")
+EMBEDDED_PRESETS = Path(__file__).parent / "presets"
+
+# Prompts upscaled in one call. Small enough that padding the last call wastes little, large enough to fill a device.
+_UPSCALE_BATCH = 8
+
+# These stay float32 in every precision: norms are computed in float32, and prompt coordinates need all their digits.
+_FLOAT32_WEIGHTS = ("gamma", "beta", "epsilon", "frequencies", "foreground", "padding")
+
+
+def load_sam(preset: str, dtype: str = "float32") -> Sam:
+    """Loads and compiles a model.
+
+    Args:
+      preset: an embedded model ("sam_tiny"), a KerasHub preset by name ("sam_base_sa1b"), directory or URI.
+      dtype: of the matrix products: "float32" is exact, "bfloat16" and "float16" are faster on accelerators and change
+        masks.
+
+    Raises:
+      ValueError: unknown dtype, or something that is no SAM preset.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    source = resolve_preset(preset)
+    try:
+        # The task, not SAMBackbone: the backbone alone leaves the mask decoder unbuilt and cannot load its weights.
+        backbone = keras_hub.models.SAMImageSegmenter.from_preset(source, preprocessor=None).backbone
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"cannot load model {preset}: {first_line}. Expected an embedded model ({', '.join(embedded_presets())}), the "
+            "name of a KerasHub SAM preset such as sam_base_sa1b, or the directory or URI of one."
+        ) from error
+    return Sam(backbone, dtype)
+
+
+def embedded_presets() -> list[str]:
+    """The models that come with the package."""
+    return sorted(path.name for path in EMBEDDED_PRESETS.iterdir() if (path / "config.json").is_file())
+
+
+def resolve_preset(preset: str) -> str:
+    """An embedded model's name becomes its directory; everything else is left to KerasHub."""
+    return str(EMBEDDED_PRESETS / preset) if preset in embedded_presets() else preset
+
+
+def compile_for_backend(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a function of tensors with XLA. The only place that knows which backend runs."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow
+
+        return tensorflow.function(function, jit_compile=True)
+    if backend == "jax":
+        import jax
+
+        return jax.jit(function)
+    raise ValueError(f"KERAS_BACKEND must be tensorflow or jax, got {backend}")
+
+
+@dataclass(frozen=True)
+class ScoredPrompts:
+    """A batch of prompts through the mask decoder, on the device.
+
+    Attributes:
+      count: prompts in the batch; the rows after them are padding.
+      iou: (points_per_batch, 3) tensor.
+      embeddings, image: what upscale_masks needs.
+    """
+
+    count: int
+    iou: Any
+    embeddings: Any
+    image: Any
+
+    def predicted_iou(self) -> np.ndarray:
+        """(count, 3) float32; waits for the device."""
+        return np.asarray(ops.convert_to_numpy(self.iou))[: self.count]
+
+
+class Sam:
+    """A SAM on the device. Implements the protocol transforms.amg.Sam.
+
+    Not for concurrent use: one thread feeds the device.
+    """
+
+    def __init__(self, backbone: Any, dtype: str = "float32") -> None:
+        encoder_shape, encoder_weights = read_encoder(backbone.image_encoder)
+        decoder_shape, decoder_weights = read_decoder(backbone.prompt_encoder, backbone.mask_decoder)
+        self.frame_size = encoder_shape.frame_size
+        self.low_size = 4 * decoder_shape.grid
+        self._encoder_weights = _to_device(encoder_weights, dtype)
+        self._decoder_weights = _to_device(decoder_weights, dtype)
+
+        def embed(encoder: Weights, decoder: Weights, frame: Any, resized_hw: Any) -> Weights:
+            embedding = encode_image(encoder, encoder_shape, frame, resized_hw, dtype)
+            return embed_context(decoder, decoder_shape, embedding)
+
+        self._embed = compile_for_backend(embed)
+        self._predict_iou = compile_for_backend(partial(_reorder(predict_iou), decoder_shape))
+        self._upscale_masks = compile_for_backend(partial(_reorder(upscale_masks), decoder_shape))
+
+    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> Weights:
+        """See transforms.amg.Sam."""
+        return self._embed(self._encoder_weights, self._decoder_weights, frame, np.array(resized_hw, np.int32))
+
+    def score(self, context: Weights, points_xy: np.ndarray, points_per_batch: int) -> ScoredPrompts:
+        """See transforms.amg.Sam."""
+        # SAM prompts the middle of a pixel. In double until the last step, as the reference does.
+        points = np.zeros((points_per_batch, 2))
+        points[: len(points_xy)] = (points_xy + 0.5) / self.frame_size
+        iou, embeddings, image = self._predict_iou(self._decoder_weights, context, points.astype(np.float32))
+        return ScoredPrompts(len(points_xy), iou, embeddings, image)
+
+    def low_res_logits(self, scored: ScoredPrompts, prompts: np.ndarray) -> np.ndarray:
+        """See transforms.amg.Sam."""
+        logits = np.empty((len(prompts), 3, self.low_size, self.low_size), np.float32)
+        pending = []
+        for first in range(0, len(prompts), _UPSCALE_BATCH):
+            rows = np.zeros(_UPSCALE_BATCH, np.int32)
+            part = prompts[first : first + _UPSCALE_BATCH]
+            rows[: len(part)] = part
+            pending.append(self._upscale_masks(self._decoder_weights, scored.embeddings, scored.image, rows))
+        for first, part in zip(range(0, len(prompts), _UPSCALE_BATCH), pending, strict=True):
+            rows_left = len(prompts) - first
+            logits[first : first + _UPSCALE_BATCH] = ops.convert_to_numpy(part)[:rows_left]
+        return logits
+
+
+def _reorder(function: Callable[..., Any]) -> Callable[..., Any]:
+    """function(weights, shape, ...) -> function(shape, weights, ...), so that partial can fix the shape."""
+    return lambda shape, weights, *tensors: function(weights, shape, *tensors)
+
+
+def _to_device(weights: Any, dtype: str, name: str = "") -> Any:
+    """Nested numpy weights as tensors, in dtype except where float32 is needed."""
+    if isinstance(weights, dict):
+        return {key: _to_device(value, dtype, key) for key, value in weights.items()}
+    if isinstance(weights, list):
+        return [_to_device(value, dtype, name) for value in weights]
+    return ops.convert_to_tensor(weights, "float32" if name in _FLOAT32_WEIGHTS else dtype)
