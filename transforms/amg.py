@@ -274,7 +274,9 @@ def propose_masks(sam: Sam, context: Any, crop: CropBox, config: AmgConfig, subm
     for first, scored in _one_ahead(score(first) for first in range(0, len(points), config.points_per_batch)):
         predicted_iou = scored.predicted_iou()
         # Filter by predicted IoU
-        keep = predicted_iou > config.pred_iou_thresh if config.pred_iou_thresh > 0 else np.full(predicted_iou.shape, True)
+        keep = (
+            predicted_iou > config.pred_iou_thresh if config.pred_iou_thresh > 0 else np.full(predicted_iou.shape, True)
+        )
         dropped += int((~keep).sum())
         prompts = np.flatnonzero(keep.any(axis=1))
         if not prompts.size:
@@ -459,7 +461,9 @@ def _clean(encoded: _Encoded, config: AmgConfig) -> tuple[_Encoded, bool]:
     area, bbox_xywh = rle.area_and_bbox_xywh(counts, runs.size_hw)
     x, y, w, h = bbox_xywh
     box_xyxy = np.array([x, y, x + w - 1, y + h - 1]) if area else np.zeros(4)
-    return _Encoded(replace(encoded.mask, counts=counts, area=area, bbox_xywh=bbox_xywh), runs, box_xyxy, encoded.crop), True
+    return _Encoded(
+        replace(encoded.mask, counts=counts, area=area, bbox_xywh=bbox_xywh), runs, box_xyxy, encoded.crop
+    ), True
 
 
 def _keep_area(area: int, size_hw: tuple[int, int], config: AmgConfig) -> bool:

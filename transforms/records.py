@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 # Formats a shard can have. "image" is a directory's loose image files; the others are one file each.
 FORMATS = ("tfrecord", "tar", "parquet", "image")
+
+# Failed images named in a summary; all of them are rows in the output.
+MAX_FAILURES_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,11 @@ class Shard:
     @property
     def num_bytes(self) -> int:
         return sum(file.num_bytes for file in self.files)
+
+    @property
+    def source(self) -> str:
+        """What the shard is made of, for people."""
+        return f"{len(self.files)} file{'s' * (len(self.files) != 1)}, {self.num_bytes} bytes"
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,7 @@ class LabeledImage:
 
     Attributes:
       source: the image without its bytes.
+      num_bytes: of the encoded image.
       sha256: of the bytes, hex; empty where there were none.
       size_hw: (H, W) in pixels after orientation; None where decoding failed.
       exif_orientation: 1..8 as stored in the file, 1 where it says nothing.
@@ -166,6 +176,7 @@ class LabeledImage:
     """
 
     source: EncodedImage
+    num_bytes: int
     sha256: str
     size_hw: tuple[int, int] | None
     exif_orientation: int
@@ -191,3 +202,81 @@ class LabeledChunk:
     images: tuple[LabeledImage, ...]
     final: bool
     digest: str
+
+    def totals(self) -> Totals:
+        """Sums over the chunk's images."""
+        failed = [image for image in self.images if image.failure]
+        return Totals(
+            images=len(self.images),
+            encoded_bytes=sum(image.num_bytes for image in self.images),
+            labeled=sum(image.status == "labeled" for image in self.images),
+            empty=sum(image.status == "empty" for image in self.images),
+            failed=len(failed),
+            masks=sum(len(image.masks) for image in self.images),
+            candidates=sum(image.num_candidates for image in self.images),
+            dropped=sum((image.dropped for image in self.images), Dropped()),
+            seconds=sum((image.seconds for image in self.images), Seconds()),
+            failures=tuple(
+                f"{image.source.image_id}: {image.failure.stage}: {image.failure.reason}"
+                for image in failed[:MAX_FAILURES_SHOWN]
+                if image.failure
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over images; the sum of all chunks' totals is the run's summary.
+
+    Attributes:
+      failures: "image_id: stage: reason" of the first few failed images, in the order of their ids.
+    """
+
+    images: int = 0
+    encoded_bytes: int = 0
+    labeled: int = 0
+    empty: int = 0
+    failed: int = 0
+    masks: int = 0
+    candidates: int = 0
+    dropped: Dropped = Dropped()
+    seconds: Seconds = Seconds()
+    failures: tuple[str, ...] = ()
+
+    def __add__(self, other: Totals) -> Totals:
+        added: dict[str, Any] = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        added["failures"] = tuple(sorted(added["failures"])[:MAX_FAILURES_SHOWN])
+        return Totals(**added)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Totals:
+        """Inverse of to_dict."""
+        return cls(
+            **{
+                **values,
+                "dropped": Dropped(**values["dropped"]),
+                "seconds": Seconds(**values["seconds"]),
+                "failures": tuple(values["failures"]),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class ChunkReport:
+    """What a committed chunk leaves behind in its images file.
+
+    Attributes:
+      digest, source: the state of the chunk's source when it was labeled, for machines and for people.
+      final: True for the shard's last chunk.
+    """
+
+    shard: str
+    index: int
+    final: bool
+    digest: str
+    source: str
+    totals: Totals

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -17,12 +16,12 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from transforms.embedded import embedded_presets, resolve_preset
 from transforms.sam_decoder import embed_context, predict_iou, read_decoder, upscale_masks
 from transforms.sam_encoder import encode_image, read_encoder
 from transforms.sam_layers import Weights
 
 DTYPES = ("float32", "bfloat16", "float16")
-EMBEDDED_PRESETS = Path(__file__).parent / "presets"
 
 # Prompts upscaled in one call. Small enough that padding the last call wastes little, large enough to fill a device.
 _UPSCALE_BATCH = 8
@@ -55,16 +54,6 @@ def load_sam(preset: str, dtype: str = "float32") -> Sam:
             "name of a KerasHub SAM preset such as sam_base_sa1b, or the directory or URI of one."
         ) from error
     return Sam(backbone, dtype)
-
-
-def embedded_presets() -> list[str]:
-    """The models that come with the package."""
-    return sorted(path.name for path in EMBEDDED_PRESETS.iterdir() if (path / "config.json").is_file())
-
-
-def resolve_preset(preset: str) -> str:
-    """An embedded model's name becomes its directory; everything else is left to KerasHub."""
-    return str(EMBEDDED_PRESETS / preset) if preset in embedded_presets() else preset
 
 
 def compile_for_backend(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,17 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from transforms.sam_layers import Weights, dense, dense_weights, gelu, layer_norm, mlp, mlp_weights, norm_weights, softmax
+from transforms.sam_layers import (
+    Weights,
+    dense,
+    dense_weights,
+    gelu,
+    layer_norm,
+    mlp,
+    mlp_weights,
+    norm_weights,
+    softmax,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,9 @@ def read_decoder(prompt_encoder: Any, decoder: Any) -> tuple[DecoderShape, Weigh
             "foreground": table(prompt_encoder.foreground_point_embed),
             "padding": table(prompt_encoder.not_a_point_embed),
         },
-        "image_position": np.asarray(ops.convert_to_numpy(position.encode_image((grid, grid)))).reshape(grid * grid, -1),
+        "image_position": np.asarray(ops.convert_to_numpy(position.encode_image((grid, grid)))).reshape(
+            grid * grid, -1
+        ),
         "no_mask": table(prompt_encoder.no_mask_embed),
         "output_tokens": np.concatenate([table(decoder.iou_token), table(decoder.mask_tokens)]),
         "layers": [

@@ -16,7 +16,17 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from transforms.sam_layers import Weights, dense, dense_weights, gelu, layer_norm, mlp, mlp_weights, norm_weights, softmax
+from transforms.sam_layers import (
+    Weights,
+    dense,
+    dense_weights,
+    gelu,
+    layer_norm,
+    mlp,
+    mlp_weights,
+    norm_weights,
+    softmax,
+)
 
 # KerasHub normalises inside ViTDetBackbone: (x / 255 - mean) / std.
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)

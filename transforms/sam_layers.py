@@ -37,6 +37,7 @@ def mlp_weights(sequential: Any) -> list[Weights]:
 
 
 def dense(weights: Weights, x: Any) -> Any:
+    """x @ kernel + bias over the last axis."""
     return ops.matmul(x, weights["kernel"]) + weights["bias"]
 
 

@@ -1,0 +1,60 @@
+"""The command `maskbeam`: subcommands and exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+_USAGE = """usage: maskbeam COMMAND ...
+
+commands:
+  label   label images with SAM, from shards to Parquet
+  demo    label a few photos with the embedded model and draw the masks
+
+maskbeam COMMAND --help tells the rest.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a subcommand.
+
+    Returns:
+      0 done, 1 the run failed, 2 usage, 130 interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    command, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if command in ("", "-h", "--help"):
+        print(_USAGE, end="")
+        return 0 if command else 2
+    _quiet_libraries()
+    # Imported late: they bring Beam with them, and --help should not wait for it.
+    from pipeline import demo, label
+    from pipeline.options import UsageError
+
+    commands = {"label": label.main, "demo": demo.main}
+    if command not in commands:
+        print(f"maskbeam: unknown command {command}, expected one of {', '.join(commands)}", file=sys.stderr)
+        return 2
+    try:
+        return commands[command](rest)
+    except UsageError as error:
+        print(f"maskbeam {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("maskbeam: interrupted", file=sys.stderr)
+        return 130
+
+
+def _quiet_libraries() -> None:
+    """Beam and TensorFlow tell a lot that no user can act on; warnings and errors stay."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())
+    # An error that ends the run is printed by run.py, once.
+    logging.getLogger("apache_beam.runners").setLevel(logging.CRITICAL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

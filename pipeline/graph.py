@@ -1,0 +1,58 @@
+"""The pipeline. START READING HERE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+
+from transforms.amg import AmgConfig
+from transforms.images import ImageConfig
+from transforms.match import InputConfig, MatchShards
+from transforms.read import ReadConfig
+from transforms.resume import ReadChunks
+from transforms.segment import GenerateMasks, LoadSam, ModelConfig, load_model
+from transforms.summary import Summarize
+from transforms.write import OutputConfig, WriteParquet
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything `maskbeam label` was asked to do."""
+
+    input: InputConfig
+    read: ReadConfig
+    images: ImageConfig
+    model: ModelConfig
+    amg: AmgConfig
+    output: OutputConfig
+
+
+def build(
+    root: beam.Pipeline,
+    job: Job,
+    run: dict[str, Any],
+    load: LoadSam = load_model,
+    progress_dir: str | None = None,
+) -> beam.PCollection:
+    """Adds the pipeline to root.
+
+    From ReadChunks to WriteParquet the steps stay fused, so a chunk is committed before the next one is read. That is
+    why the accelerator is given to the whole pool of workers and never to one step as a resource hint.
+
+    Args:
+      run: content of run.json.
+      load, progress_dir: see GenerateMasks.
+    """
+    chunks, finished = (
+        root
+        | "MatchShards" >> MatchShards(job.input, job.read)  # Shard; only paths are ever shuffled
+        | "ReadChunks" >> ReadChunks(job.read, job.input.chunk_size, run["root"], job.output)  # Chunk
+    )
+    reports = (
+        chunks
+        | "GenerateMasks" >> GenerateMasks(job.model, job.images, job.amg, run["backend"], load, progress_dir)
+        | "WriteParquet" >> WriteParquet(job.output, run)  # ChunkReport, after the chunk's files are committed
+    )
+    return (reports, finished) | "Summarize" >> Summarize(job.output.output, run)  # Totals -> summary.json

@@ -1,0 +1,171 @@
+"""run.json: what identifies a run, so that a later start continues it or is told why it cannot."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+from dataclasses import asdict
+from typing import Any
+
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+
+from pipeline.graph import Job
+from pipeline.options import UsageError
+from transforms.embedded import resolve_preset
+from transforms.summary import read_json, write_json
+from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, TEMPORARY_DIR, delete_tree
+
+RUN_FILE = "run.json"
+_OUR_DIRS = (ANNOTATIONS_DIR, IMAGES_DIR, TEMPORARY_DIR)
+
+# What may differ between starts of one run: names for people, not what makes the rows.
+_NOT_IDENTITY = ("model", "versions")
+
+_VERSIONED = ("maskbeam", "apache-beam", "keras", "keras-hub", "tensorflow", "jax", "numpy", "pycocotools", "pyarrow")
+_WEIGHT_FILES = ("model.weights.h5", "model.weights.json")
+
+
+def default_backend() -> str:
+    """The Keras backend: KERAS_BACKEND, or tensorflow. keras.json is not asked, so that workers agree."""
+    return os.environ.get("KERAS_BACKEND", "tensorflow")
+
+
+def describe_run(job: Job, root: str) -> dict[str, Any]:
+    """The content of run.json: settings that affect rows, the model's fingerprint, backend, dtype, root; versions."""
+    return {
+        "root": root,
+        "input_format": job.input.input_format,
+        "chunk_size": job.input.chunk_size,
+        "limit": job.input.limit,
+        "names": asdict(job.read),
+        "exif": job.images.exif,
+        "max_pixels": job.images.max_pixels,
+        "model": job.model.model,
+        "model_fingerprint": model_fingerprint(job.model.model),
+        "dtype": job.model.dtype,
+        "backend": default_backend(),
+        "amg": asdict(job.amg),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # an extra that is not installed
+            continue
+    return found
+
+
+def model_fingerprint(preset: str) -> str:
+    """sha256 of a model's architecture and weights, wherever they lie.
+
+    Raises:
+      UsageError: there is no such model.
+    """
+    directory = resolve_preset(preset)
+    digest = hashlib.sha256()
+    try:
+        for name in ("config.json", *_weight_files(directory)):
+            with FileSystems.open(
+                _preset_file(directory, name), compression_type=CompressionTypes.UNCOMPRESSED
+            ) as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+    except Exception as error:  # whatever the file system or hub in question raises
+        first_line = str(error).strip().partition("\n")[0]
+        raise UsageError(
+            f"cannot find model {preset}: {first_line}. Give an embedded model, the name of a KerasHub SAM preset, or "
+            "the directory or URI of one. Names are downloaded and need the network."
+        ) from error
+    return digest.hexdigest()
+
+
+def _weight_files(directory: str) -> list[str]:
+    """model.weights.h5, or the index and the shards of large models."""
+    if _is_directory(directory) and not FileSystems.exists(FileSystems.join(directory, _WEIGHT_FILES[0])):
+        index = read_json(FileSystems.join(directory, _WEIGHT_FILES[1]))
+        return [_WEIGHT_FILES[1], *sorted(set(index["weight_map"].values()))]
+    return [_WEIGHT_FILES[0]]
+
+
+def _preset_file(directory: str, name: str) -> str:
+    """Path of a preset's file; presets known by name are downloaded to KerasHub's cache."""
+    if _is_directory(directory):
+        return FileSystems.join(directory, name)
+    from keras_hub.src.utils.preset_utils import get_file  # there is no public way to a preset's files
+
+    return get_file(directory, name)
+
+
+def _is_directory(preset: str) -> bool:
+    return not preset.startswith(("kaggle://", "hf://", "modelscope://")) and FileSystems.exists(
+        FileSystems.join(preset, "config.json")
+    )
+
+
+def claim_output(output: str, run: dict[str, Any], overwrite: bool) -> None:
+    """Writes run.json, or checks that the run in output is this one.
+
+    Raises:
+      UsageError: output holds another run, or something that is no run of ours, or cannot be written.
+    """
+    path = FileSystems.join(output, RUN_FILE)
+    try:
+        if FileSystems.exists(path):
+            if not overwrite:
+                _check_same_run(read_json(path), run, output)
+                return
+            for directory in _OUR_DIRS:
+                delete_tree(FileSystems.join(output, directory))
+        else:
+            _check_empty(output)
+        write_json(path, run)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to --output {output}: {error}. Choose a directory that can be written."
+        ) from error
+
+
+def _check_same_run(before: dict[str, Any], now: dict[str, Any], output: str) -> None:
+    old, new = _flat(before), _flat(now)
+    changes = [
+        f"{field} was {old.get(field)}, now {new.get(field)}"
+        for field in sorted(old.keys() | new.keys())
+        if old.get(field) != new.get(field)
+    ]
+    if changes:
+        raise UsageError(
+            f"{output} holds labels made with other settings: {'; '.join(changes)}. Use the same settings to go on, "
+            "another --output, or --overwrite to delete those labels."
+        )
+
+
+def _flat(run: dict[str, Any]) -> dict[str, Any]:
+    """The fields that identify a run, nested ones by their own names, as JSON has them."""
+    flat: dict[str, Any] = {}
+    for name, value in run.items():
+        if name in _NOT_IDENTITY:
+            continue
+        flat.update(value if isinstance(value, dict) else {name: value})
+    return {name: _as_json(value) for name, value in flat.items()}
+
+
+def _as_json(value: Any) -> Any:
+    return [_as_json(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _check_empty(output: str) -> None:
+    """A directory with other things in it is not touched: its images/ may be somebody's photos."""
+    for directory in _OUR_DIRS:
+        path = FileSystems.join(output, directory)
+        if FileSystems.exists(path):
+            raise UsageError(
+                f"--output {output} already has a folder {directory}/ that no run of maskbeam made (there is no "
+                f"{RUN_FILE}). Choose another directory."
+            )

@@ -1,0 +1,12 @@
+"""maskbeam label."""
+
+from __future__ import annotations
+
+from pipeline.options import parse_label
+from pipeline.run import run_label
+
+
+def main(argv: list[str]) -> int:
+    """Parses the flags and runs the job."""
+    job, options = parse_label(argv)
+    return run_label(job, options)

@@ -1,0 +1,212 @@
+"""Flags <-> dataclasses. The only file that knows argparse and PipelineOptions.
+
+Every field of a config dataclass is a flag of the same name, with the field's type and default; its help is the field's
+line in the class's docstring. So a default has one home, and a new parameter needs no code here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import json
+import re
+import types
+import typing
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+
+from pipeline.graph import Job
+from transforms.amg import PROFILES, AmgConfig
+from transforms.images import ImageConfig
+from transforms.match import InputConfig
+from transforms.read import ReadConfig
+from transforms.segment import ModelConfig
+from transforms.write import OutputConfig
+
+# In the order in which --help shows them.
+_CONFIGS = {
+    "input": InputConfig,
+    "read": ReadConfig,
+    "images": ImageConfig,
+    "model": ModelConfig,
+    "amg": AmgConfig,
+    "output": OutputConfig,
+}
+_TITLES = {
+    "input": "input",
+    "read": "names inside shards",
+    "images": "images",
+    "model": "model",
+    "amg": "automatic mask generation (names and defaults of SAM's own generator)",
+    "output": "output",
+}
+
+# Beam's "DirectRunner" first tries to download another runner's binary; this one is in the package and runs in process.
+_LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+_LOCAL_RUNNER_NAMES = (None, "DirectRunner", "FnApiRunner")
+
+
+class UsageError(ValueError):
+    """The command line is wrong; the message says how to mend it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UsageError(message)
+
+
+def label_parser() -> argparse.ArgumentParser:
+    """The parser of `maskbeam label`."""
+    parser = _Parser(
+        prog="maskbeam label",
+        description="Labels images with SAM and writes COCO-RLE annotations to Parquet.",
+        epilog="Flags that are not listed go to Beam (--runner, --direct_num_workers, --project, ...). Options that "
+        "only a job server knows go after --.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, config in _CONFIGS.items():
+        group = parser.add_argument_group(_TITLES[name])
+        if name == "amg":
+            group.add_argument(
+                "--profile",
+                choices=list(PROFILES),
+                default="default",
+                help="parameters to start from: default is the reference's, sa1b what SA-1B was made with",
+            )
+        _add_flags(group, config)
+    return parser
+
+
+def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
+    helps = field_helps(config)
+    hints = typing.get_type_hints(config)
+    for field in fields(config):
+        required = field.default is MISSING and field.default_factory is MISSING
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": required}
+        options["help"] = helps[field.name].replace("%", "%%") + _default_help(field)
+        kind, many = _flag_type(field.name, hints[field.name])
+        if kind is bool:
+            options["action"] = "store_true"
+        else:
+            options["type"] = kind
+            options["metavar"] = "FILE.json" if field.name == "point_grids" else field.name.rpartition("_")[2].upper()
+            if many:
+                options["nargs"] = "+"
+        group.add_argument(f"--{field.name}", **options)
+
+
+def _default_help(field: Field[Any]) -> str:
+    if field.default is MISSING or field.default is None or field.default is False:
+        return ""
+    default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+    return f" (default: {default})"
+
+
+def _flag_type(name: str, hint: Any) -> tuple[Any, bool]:
+    """The function that parses one value of a field, and whether the flag takes several."""
+    if name == "point_grids":
+        return _read_point_grids, False
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def _read_point_grids(path: str) -> tuple[tuple[tuple[float, float], ...], ...]:
+    """A JSON file with one list of [x, y] in [0, 1] for each crop layer."""
+    try:
+        with open(path) as file:
+            grids = json.load(file)
+        return tuple(tuple((float(x), float(y)) for x, y in grid) for grid in grids)
+    except (OSError, ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{path} must be a JSON file with one list of [x, y] points in [0, 1] for each crop layer: {error}"
+        ) from error
+
+
+def field_helps(config: type) -> dict[str, str]:
+    """The line(s) of each field under "Attributes:" in a config class's docstring."""
+    attributes = inspect.cleandoc(config.__doc__ or "").partition("Attributes:\n")[2]
+    helps = {}
+    for entry in re.split(r"\n(?=  \w[\w, ]*: )", "\n" + attributes):
+        names, _, text = entry.strip().partition(": ")
+        for name in names.split(", "):
+            helps[name] = " ".join(text.split())
+    return helps
+
+
+def parse_label(argv: list[str]) -> tuple[Job, PipelineOptions]:
+    """Command line -> what to do, and how Beam runs it.
+
+    Raises:
+      UsageError: a flag nobody knows, a value out of range.
+    """
+    own, passed_on = argv, []
+    if "--" in argv:
+        own, passed_on = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    parsed, rest = label_parser().parse_known_args(own)
+    values = vars(parsed)
+    _check_beam_flags(rest)
+    profile = values.pop("profile")
+    configs = {}
+    for name, config in _CONFIGS.items():
+        given = {
+            field.name: tuple(values[field.name]) if isinstance(values[field.name], list) else values[field.name]
+            for field in fields(config)
+            if field.name in values
+        }
+        try:
+            if name == "amg":
+                if "point_grids" in given:
+                    given.setdefault("points_per_side", None)
+                configs[name] = AmgConfig.for_profile(profile, **given)
+            else:
+                configs[name] = config(**given)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    return Job(**configs), _beam_options(rest + passed_on)
+
+
+def _beam_options(flags: list[str]) -> PipelineOptions:
+    options = PipelineOptions(flags)
+    standard = options.view_as(StandardOptions)
+    if standard.runner in _LOCAL_RUNNER_NAMES:
+        standard.runner = _LOCAL_RUNNER
+    return options
+
+
+def runs_locally(options: PipelineOptions) -> bool:
+    """Whether the workers are threads or processes on this machine."""
+    return options.view_as(StandardOptions).runner == _LOCAL_RUNNER
+
+
+def _check_beam_flags(flags: list[str]) -> None:
+    """Beam only warns of a flag that it does not know, and drops it. Here it is an error with a suggestion."""
+    beam_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    for options in _subclasses(PipelineOptions):
+        if "_add_argparse_args" in vars(options):
+            options._add_argparse_args(beam_parser)
+    try:
+        _, unknown = beam_parser.parse_known_args(flags)
+    except SystemExit as error:  # a value of the wrong type; argparse has printed which
+        raise UsageError("a Beam flag has a value of the wrong type") from error
+    if not unknown:
+        return
+    ours = [option for action in label_parser()._actions for option in action.option_strings]
+    beams = [option for action in beam_parser._actions for option in action.option_strings]
+    flag = unknown[0].partition("=")[0]
+    close = difflib.get_close_matches(flag, ours, n=1) or difflib.get_close_matches(flag, beams, n=1)
+    hint = f"did you mean {close[0]}?" if close else "maskbeam label --help lists all flags."
+    raise UsageError(f"unknown argument {unknown[0]}: {hint} (Options only a job server knows go after --.)")
+
+
+def _subclasses(cls: type) -> list[type]:
+    found = []
+    for subclass in cls.__subclasses__():
+        found += [subclass, *_subclasses(subclass)]
+    return found

@@ -1,0 +1,207 @@
+"""Runs the label job: checks, progress, summary, and a clean end whatever happens.
+
+The pipeline runs in a thread of its own; the main thread shows the progress, takes Ctrl-C and notices dead workers.
+The local runner would turn Ctrl-C into a stack trace and wait for a dead worker for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import apache_beam as beam
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from pipeline.graph import Job, build
+from pipeline.identity import claim_output, default_backend, describe_run
+from pipeline.options import UsageError, runs_locally
+from pipeline.progress import Progress
+from transforms.match import Matched, check_output, match_shards
+from transforms.records import Totals
+from transforms.resume import InputChanged, committed_chunks, read_report
+from transforms.segment import LoadSam, ModelBroken, load_model, use_backend
+from transforms.summary import SUMMARY_FILE, read_json
+from transforms.write import TooManyFailures
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+_POLL_SECONDS = 0.2
+
+# These say all there is to say; for others the stack trace is shown, too.
+_EXPECTED_ERRORS = (InputChanged, ModelBroken, TooManyFailures, OSError)
+
+
+def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) -> int:
+    """Labels the input and prints a summary.
+
+    Returns:
+      the exit code.
+
+    Raises:
+      UsageError: before anything is read, if the job cannot be done as asked.
+    """
+    try:
+        matched = match_shards(job.input, job.read)
+        check_output(job.input, job.output.output)
+        use_backend(default_backend())
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
+    run = describe_run(job, matched.root)
+    claim_output(job.output.output, run, job.output.overwrite)
+    local = runs_locally(options)
+    outcome = _run_here(job, options, run, matched, load) if local else _run_remotely(job, options, run, load)
+    if outcome.error is not None:
+        if not isinstance(outcome.error, _EXPECTED_ERRORS):
+            traceback.print_exception(outcome.error)
+        print(f"maskbeam: {_last_line(outcome.error)}", file=sys.stderr)
+        print(f"What is committed in {job.output.output} stays; run the same command to go on.", file=sys.stderr)
+        return EXIT_FAILED
+    totals = Totals.from_dict(
+        {k: v for k, v in read_json(FileSystems.join(job.output.output, SUMMARY_FILE)).items() if k != "versions"}
+    )
+    print(summary(totals, outcome, matched.ignored, job.output.output))
+    return EXIT_DONE
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How the pipeline ended: images done by this start and the wall time, None where not known."""
+
+    error: BaseException | None
+    images: int | None = None
+    seconds: float = 0.0
+
+
+def _run_remotely(job: Job, options: PipelineOptions, run: dict[str, Any], load: LoadSam) -> _Outcome:
+    try:
+        pipeline = beam.Pipeline(options=options)
+        build(pipeline, job, run, load)
+        pipeline.run().wait_until_finish()
+    except Exception as error:
+        return _Outcome(error)
+    return _Outcome(None)
+
+
+def _run_here(job: Job, options: PipelineOptions, run: dict[str, Any], matched: Matched, load: LoadSam) -> _Outcome:
+    """Runs the pipeline in a thread and looks after it from this one."""
+    progress_dir = Path(tempfile.mkdtemp(prefix="maskbeam-progress-"))
+    ended = threading.Event()
+    errors: list[BaseException] = []
+    dead_workers: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            # Worker processes inherit the mask: Ctrl-C reaches the main thread of this process and nobody else.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            pipeline = beam.Pipeline(options=options)
+            build(pipeline, job, run, load, str(progress_dir))
+            pipeline.run().wait_until_finish()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ended.set()
+
+    def thread_failed(failure: threading.ExceptHookArgs) -> None:
+        # Beam's threads end without an exception unless a worker process died.
+        dead_workers.append(failure.exc_value or RuntimeError(str(failure.exc_type)))
+
+    start = time.monotonic()
+    progress = _make_progress(job, matched, progress_dir)
+    previous_hook, threading.excepthook = threading.excepthook, thread_failed
+    try:
+        threading.Thread(target=work, name="pipeline", daemon=True).start()
+        while not ended.wait(_POLL_SECONDS):
+            progress.update()
+            if dead_workers:
+                _stop(
+                    progress,
+                    progress_dir,
+                    EXIT_FAILED,
+                    f"maskbeam: a worker process died ({_last_line(dead_workers[0])}). If memory ran out, lower "
+                    "--direct_num_workers, --points_per_batch or --max_pixels. What is committed stays; run the same "
+                    "command to go on.",
+                )
+        progress.close()
+    except KeyboardInterrupt:
+        _stop(
+            progress,
+            progress_dir,
+            EXIT_INTERRUPTED,
+            f"maskbeam: interrupted. What is committed in {job.output.output} stays; run the same command to go on.",
+        )
+    finally:
+        threading.excepthook = previous_hook
+        shutil.rmtree(progress_dir, ignore_errors=True)
+    return _Outcome(errors[0] if errors else None, progress.images, time.monotonic() - start)
+
+
+def _stop(progress: Progress, progress_dir: Path, code: int, message: str) -> NoReturn:
+    """Ends this process and its workers at once: the runner's own threads cannot be asked to stop."""
+    progress.close()
+    print(message, file=sys.stderr, flush=True)
+    for process in progress.processes:
+        if process != os.getpid():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+    shutil.rmtree(progress_dir, ignore_errors=True)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _make_progress(job: Job, matched: Matched, progress_dir: Path) -> Progress:
+    """The bar, starting from what earlier starts committed."""
+    reports = [
+        read_report(job.output.output, shard, index)
+        for shard, indices in committed_chunks(job.output.output).items()
+        for index in indices
+    ]
+    done = sum((report.totals for report in reports), Totals())
+    countable = all(shard.format == "image" for shard in matched.shards)
+    total_images = sum(len(shard.files) for shard in matched.shards) if countable else None
+    if not countable and job.input.limit is not None:
+        total_images = job.input.limit
+    total_bytes = sum(shard.num_bytes for shard in matched.shards)
+    return Progress(progress_dir, total_images, total_bytes, done.images, done.encoded_bytes)
+
+
+def _last_line(error: BaseException) -> str:
+    """The line that says what happened, without the stack trace and the step's name that runners add."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].partition(" [while running ")[0] if lines else type(error).__name__
+
+
+def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output: str) -> str:
+    """What the command prints at the end."""
+    lines = [
+        f"{totals.images} images: {totals.labeled} labeled, {totals.empty} empty, {totals.failed} failed",
+        *[f"  failed {failure}" for failure in totals.failures[:5]],
+    ]
+    if totals.failed > 5:
+        lines.append(f"  ... and {totals.failed - 5} more: rows with status failed in {output}/images")
+    if ignored:
+        names = ", ".join(ignored[:3]) + (", ..." if len(ignored) > 3 else "")
+        lines.append(f"{len(ignored)} files ignored, not images by their names: {names}")
+    dropped = ", ".join(f"{name} {count}" for name, count in vars(totals.dropped).items() if count)
+    lines.append(
+        f"{totals.masks} masks of {totals.candidates} candidates" + (f" (dropped: {dropped})" if dropped else "")
+    )
+    if outcome.images:
+        lines.append(f"{outcome.images / outcome.seconds:.2f} images/s ({outcome.images} in {outcome.seconds:.1f} s)")
+    seconds = ", ".join(f"{name} {value:.1f}" for name, value in vars(totals.seconds).items())
+    lines.append(f"seconds in {seconds}")
+    lines.append(f"labels: {output}/annotations/*.parquet, {output}/images/*.parquet")
+    return "\n".join(lines)

@@ -1,0 +1,50 @@
+"""A SAM of a few lines, without weights: masks are discs around the prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from transforms.segment import ModelConfig
+
+
+@dataclass(frozen=True)
+class FakeScored:
+    """Predicted IoU depends on the brightness under the point; the three masks are discs of three sizes."""
+
+    points_xy: np.ndarray
+    iou: np.ndarray
+
+    def predicted_iou(self) -> np.ndarray:
+        return self.iou
+
+
+class FakeSam:
+    """Implements transforms.amg.Sam on a 64-pixel frame. Deterministic, and different for different images."""
+
+    frame_size = 64
+    low_size = 16
+
+    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> np.ndarray:
+        return frame.mean(axis=2)
+
+    def score(self, context: np.ndarray, points_xy: np.ndarray, points_per_batch: int) -> FakeScored:
+        x, y = np.clip(points_xy, 0, self.frame_size - 1).astype(int).T
+        brightness = context[y, x] / 255
+        return FakeScored(points_xy, (0.7 + 0.3 * brightness[:, None] * [1.0, 0.8, 0.6]).astype(np.float32))
+
+    def low_res_logits(self, scored: FakeScored, prompts: np.ndarray) -> np.ndarray:
+        grid = (np.arange(self.low_size) + 0.5) * self.frame_size / self.low_size
+        points = scored.points_xy[prompts]
+        distance = np.hypot(
+            grid[None, :, None] - points[:, 1, None, None], grid[None, None, :] - points[:, 0, None, None]
+        )
+        radii = np.array([8.0, 14.0, 24.0])[None, :, None, None]
+        return ((radii - distance[:, None]) * 2).astype(np.float32)
+
+
+def load_fake(config: ModelConfig) -> Any:
+    """In place of transforms.segment.load_model."""
+    return FakeSam()

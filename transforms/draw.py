@@ -1,0 +1,74 @@
+"""Pictures of labels: masks drawn over a photo, and many such pictures on one sheet."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from transforms import rle
+from transforms.records import Mask
+
+_OPACITY = 0.45
+_GOLDEN_RATIO = 0.618034  # consecutive multiples of it spread evenly around the colour circle
+
+
+def mask_color(index: int) -> np.ndarray:
+    """The colour of an image's mask `index`: (3,) uint8, the same wherever it is drawn, neighbours far apart."""
+    hue = (index * _GOLDEN_RATIO) % 1.0
+    return (255 * np.array(colorsys.hsv_to_rgb(hue, 0.75, 1.0))).astype(np.uint8)
+
+
+def draw_masks(pixels: np.ndarray, masks: Sequence[Mask]) -> np.ndarray:
+    """Draws masks over a photo, large ones first so that small ones stay visible, each with an outline.
+
+    Args:
+      pixels: (H, W, 3) uint8.
+      masks: of this image; mask_color(i) is the colour of masks[i].
+
+    Returns:
+      (H, W, 3) uint8.
+    """
+    canvas = pixels.astype(np.float32)
+    for index in sorted(range(len(masks)), key=lambda i: -masks[i].area):
+        mask = rle.counts_to_mask(masks[index].counts, masks[index].size_hw)
+        color = mask_color(index).astype(np.float32)
+        canvas[mask] = (1 - _OPACITY) * canvas[mask] + _OPACITY * color
+        canvas[_outline(mask)] = color
+    return canvas.astype(np.uint8)
+
+
+def _outline(mask: np.ndarray) -> np.ndarray:
+    """Pixels of the mask with a 4-neighbour outside it, (H, W) bool."""
+    padded = np.pad(mask, 1)
+    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inside
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], columns: int, height: int) -> np.ndarray:
+    """Puts pictures beside each other in rows, each scaled to the given height.
+
+    Args:
+      pictures: (H, W, 3) uint8 each, any sizes.
+      height: of a row, in pixels.
+
+    Returns:
+      (H, W, 3) uint8, white where there is no picture.
+    """
+    scaled = [
+        Image.fromarray(picture).resize(
+            (max(round(picture.shape[1] * height / picture.shape[0]), 1), height), Image.Resampling.LANCZOS
+        )
+        for picture in pictures
+    ]
+    rows = [scaled[first : first + columns] for first in range(0, len(scaled), columns)]
+    width = max(sum(picture.width for picture in row) for row in rows)
+    sheet = Image.new("RGB", (width, height * len(rows)), "white")
+    for y, row in enumerate(rows):
+        x = 0
+        for picture in row:
+            sheet.paste(picture, (x, y * height))
+            x += picture.width
+    return np.asarray(sheet)

@@ -1,0 +1,106 @@
+"""ReadChunks: the chunks of the shards that no earlier start has committed, and the reports of those that one has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import apache_beam as beam
+import pyarrow.parquet as pq
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+
+from transforms.read import ReadConfig, chunk_digest, read_chunks
+from transforms.records import Chunk, ChunkReport, Shard
+from transforms.schema import report_from_metadata
+from transforms.write import IMAGES_DIR, OutputConfig, chunk_name, escape_glob, parse_chunk_name
+
+FINISHED = "finished"
+
+
+class InputChanged(RuntimeError):
+    """A shard is not what it was when some of its chunks were labeled."""
+
+
+def committed_chunks(output: str) -> dict[str, list[int]]:
+    """The indices of the committed chunks of each shard, ascending."""
+    pattern = FileSystems.join(escape_glob(output), IMAGES_DIR, "*.parquet")
+    found: dict[str, list[int]] = {}
+    for match in FileSystems.match([pattern]):
+        for file in match.metadata_list:
+            shard, index = parse_chunk_name(FileSystems.split(file.path)[1])
+            found.setdefault(shard, []).append(index)
+    return {shard: sorted(indices) for shard, indices in found.items()}
+
+
+def read_report(output: str, shard: str, index: int) -> ChunkReport:
+    """The report in a committed chunk's images file; only the file's footer is read."""
+    path = FileSystems.join(output, IMAGES_DIR, chunk_name(shard, index))
+    with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+        return report_from_metadata(pq.read_schema(file).metadata)
+
+
+def finished_reports(shard: Shard, root: str, committed: list[int], config: OutputConfig) -> list[ChunkReport]:
+    """The reports of the shard's chunks that need not be done again.
+
+    Args:
+      committed: indices of the shard's committed chunks.
+
+    Raises:
+      InputChanged: the shard changed since.
+    """
+    if shard.format == "image":  # such a Shard is one chunk of its directory
+        committed = [index for index in committed if index == shard.first_chunk]
+    reports = [read_report(config.output, shard.name, index) for index in committed]
+    for report in reports:
+        if report.digest != chunk_digest(shard, root):
+            raise InputChanged(
+                f"{shard.path} changed since its chunk {report.index} was labeled: it was {report.source}, now it is "
+                f"{shard.source}. Its labels would be of two versions. Restore it, or label into another --output, or "
+                "start anew with --overwrite."
+            )
+    if config.retry_failed:
+        reports = [report for report in reports if not report.totals.failed]
+    return reports
+
+
+def read_unfinished(
+    shard: Shard, config: ReadConfig, chunk_size: int, root: str, reports: list[ChunkReport]
+) -> Iterator[Chunk]:
+    """The chunks of a shard that are not among the finished ones; a finished shard is not opened at all."""
+    finished = {report.index for report in reports}
+    final = next((report.index for report in reports if report.final), None)
+    if final is not None and finished >= set(range(shard.first_chunk, final + 1)):
+        return
+    yield from read_chunks(shard, config, root, chunk_size, finished)
+
+
+class ReadChunks(beam.PTransform):
+    """PCollection[Shard] -> PCollection[Chunk] to do, PCollection[ChunkReport] of those that are done."""
+
+    def __init__(self, config: ReadConfig, chunk_size: int, root: str, output: OutputConfig) -> None:
+        super().__init__()
+        self._arguments = (config, chunk_size, root, output)
+
+    def expand(self, shards: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection]:
+        outputs = shards | beam.ParDo(_ReadChunksFn(*self._arguments)).with_outputs(FINISHED, main="chunks")
+        return outputs["chunks"], outputs[FINISHED]
+
+
+class _ReadChunksFn(beam.DoFn):
+    """Lists the committed chunks once a worker, instead of once a shard."""
+
+    def __init__(self, config: ReadConfig, chunk_size: int, root: str, output: OutputConfig) -> None:
+        self._config = config
+        self._chunk_size = chunk_size
+        self._root = root
+        self._output = output
+
+    def setup(self) -> None:
+        self._committed = committed_chunks(self._output.output)
+
+    def process(self, shard: Shard) -> Iterator[Chunk | beam.pvalue.TaggedOutput]:
+        committed = self._committed.get(shard.name, [])
+        reports = finished_reports(shard, self._root, committed, self._output)
+        for report in reports:
+            yield beam.pvalue.TaggedOutput(FINISHED, report)
+        yield from read_unfinished(shard, self._config, self._chunk_size, self._root, reports)

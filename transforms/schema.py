@@ -1,0 +1,175 @@
+"""The Parquet schemas, a description with every field, and the way from records to tables and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from typing import Any
+
+import pyarrow as pa
+
+from transforms.records import ChunkReport, Dropped, LabeledChunk, LabeledImage, Mask, Totals
+
+# Keys of the files' own metadata. REPORT_KEY holds the chunk's ChunkReport, RUN_KEY the content of run.json.
+REPORT_KEY = b"maskbeam.report"
+RUN_KEY = b"maskbeam.run"
+
+# Every mask is an "object": SAM knows no classes.
+CATEGORY_OBJECT = 1
+
+
+def _field(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable, metadata={"description": description})
+
+
+def _list(kind: pa.DataType, size: int = -1) -> pa.ListType:
+    return pa.list_(pa.field("item", kind, nullable=False), size)
+
+
+ANNOTATIONS = pa.schema(
+    [
+        _field("image_id", pa.string(), "The image, as in the images table."),
+        _field("mask_index", pa.int32(), "Position among the image's masks, in the reference generator's order."),
+        _field(
+            "segmentation",
+            pa.struct(
+                [
+                    pa.field("size", _list(pa.int32()), nullable=False),
+                    pa.field("counts", pa.string(), nullable=False),
+                ]
+            ),
+            "COCO RLE: size is [height, width] in pixels, counts the compressed column-major run lengths. "
+            "pycocotools.mask.decode takes it as it is.",
+        ),
+        _field("bbox", _list(pa.float64()), "[x, y, width, height] in pixels, as pycocotools.mask.toBbox gives it."),
+        _field("area", pa.int64(), "Pixels in the mask."),
+        _field("predicted_iou", pa.float32(), "The model's own estimate of the mask's IoU with the object."),
+        _field(
+            "stability_score",
+            pa.float32(),
+            "IoU of the masks cut at logits mask_threshold + and - stability_score_offset; NaN if both are empty.",
+        ),
+        _field("point_coords", _list(_list(pa.float64())), "[[x, y]] of the prompt that made the mask, in pixels."),
+        _field("crop_box", _list(pa.float64()), "[x, y, width, height] of the crop the mask was made in, in pixels."),
+        _field("category_id", pa.int32(), "1 = object."),
+        _field("iscrowd", pa.int8(), "Always 0."),
+    ]
+)
+
+_DROPPED = {
+    "predicted_iou": "Candidates whose predicted IoU was not above pred_iou_thresh.",
+    "stability": "Candidates whose stability score was below stability_score_thresh.",
+    "crop_edge": "Masks that touched an inner edge of their crop.",
+    "box_nms": "Duplicates within a crop (box IoU, or mask IoU with nms_by=mask, above box_nms_thresh).",
+    "crop_nms": "Duplicates between crops.",
+    "small_region": "Masks that became duplicates when small holes and islands were removed.",
+    "area": "Masks outside the limits on the area.",
+    "max_masks": "Masks beyond max_masks.",
+}
+
+IMAGES = pa.schema(
+    [
+        _field("image_id", pa.string(), "Unique in the run: the path relative to root, in shards `<shard>#<row>`."),
+        _field("key", pa.string(), "The record's own key, where its format has one.", nullable=True),
+        _field("file_name", pa.string(), "The record's own file name, where it has one.", nullable=True),
+        _field(
+            "width", pa.int32(), "Pixels, after orientation; null if the image could not be decoded.", nullable=True
+        ),
+        _field("height", pa.int32(), "Likewise.", nullable=True),
+        _field("shard", pa.string(), "Path of the shard, or of the directory of loose files."),
+        _field("row", pa.int64(), "Position in the shard, from 0."),
+        _field("sha256", pa.string(), "Of the image's bytes, hex; null if they could not be read.", nullable=True),
+        _field("status", pa.string(), "labeled, empty (no mask passed the filters) or failed."),
+        _field("error_stage", pa.string(), "read, decode or model; null unless failed.", nullable=True),
+        _field("error", pa.string(), "What went wrong; null unless failed.", nullable=True),
+        _field("num_masks", pa.int32(), "Rows of this image in the annotations table."),
+        _field("num_candidates", pa.int64(), "Masks the model proposed: num_masks plus all that were dropped."),
+        *[_field(f"dropped_{f.name}", pa.int64(), _DROPPED[f.name]) for f in fields(Dropped)],
+        _field("exif_orientation", pa.int8(), "1..8 as stored in the file; 1 where it says nothing."),
+        _field("seconds", pa.float64(), "Decode, embed, predict_masks and postprocess together."),
+    ]
+)
+
+
+def annotation_rows(image: LabeledImage) -> list[dict[str, Any]]:
+    """Rows of the annotations table, one a mask."""
+    return [
+        {
+            "image_id": image.source.image_id,
+            "mask_index": index,
+            "segmentation": {"size": list(mask.size_hw), "counts": mask.counts},
+            "bbox": list(mask.bbox_xywh),
+            "area": mask.area,
+            "predicted_iou": mask.predicted_iou,
+            "stability_score": mask.stability_score,
+            "point_coords": [list(mask.point_xy)],
+            "crop_box": list(mask.crop_box_xywh),
+            "category_id": CATEGORY_OBJECT,
+            "iscrowd": 0,
+        }
+        for index, mask in enumerate(image.masks)
+    ]
+
+
+def row_to_mask(row: dict[str, Any]) -> Mask:
+    """Inverse of annotation_rows for one row."""
+    height, width = row["segmentation"]["size"]
+    x, y, w, h = row["bbox"]
+    crop_x, crop_y, crop_w, crop_h = row["crop_box"]
+    point_x, point_y = row["point_coords"][0]
+    return Mask(
+        size_hw=(height, width),
+        counts=row["segmentation"]["counts"],
+        bbox_xywh=(x, y, w, h),
+        area=row["area"],
+        predicted_iou=row["predicted_iou"],
+        stability_score=row["stability_score"],
+        point_xy=(point_x, point_y),
+        crop_box_xywh=(crop_x, crop_y, crop_w, crop_h),
+    )
+
+
+def image_row(image: LabeledImage, shard_path: str) -> dict[str, Any]:
+    """The image's row of the images table."""
+    height, width = image.size_hw or (None, None)
+    return {
+        "image_id": image.source.image_id,
+        "key": image.source.key,
+        "file_name": image.source.file_name,
+        "width": width,
+        "height": height,
+        "shard": shard_path,
+        "row": image.source.row,
+        "sha256": image.sha256 or None,
+        "status": image.status,
+        "error_stage": image.failure.stage if image.failure else None,
+        "error": image.failure.reason if image.failure else None,
+        "num_masks": len(image.masks),
+        "num_candidates": image.num_candidates,
+        **{f"dropped_{name}": count for name, count in asdict(image.dropped).items()},
+        "exif_orientation": image.exif_orientation,
+        "seconds": image.seconds.total(),
+    }
+
+
+def chunk_to_tables(chunk: LabeledChunk, report: ChunkReport, run: dict[str, Any]) -> tuple[pa.Table, pa.Table]:
+    """The annotations and images tables of a chunk, with the report and run.json's content in their metadata."""
+    metadata = {REPORT_KEY: json.dumps(asdict(report)), RUN_KEY: json.dumps(run, sort_keys=True)}
+    annotations = [row for image in chunk.images for row in annotation_rows(image)]
+    images = [image_row(image, chunk.shard.path) for image in chunk.images]
+    return (
+        pa.Table.from_pylist(annotations, schema=ANNOTATIONS.with_metadata(metadata)),
+        pa.Table.from_pylist(images, schema=IMAGES.with_metadata(metadata)),
+    )
+
+
+def report_from_metadata(metadata: dict[bytes, bytes] | None) -> ChunkReport:
+    """The ChunkReport in a committed file's metadata.
+
+    Raises:
+      ValueError: the file is not one of ours.
+    """
+    if not metadata or REPORT_KEY not in metadata:
+        raise ValueError(f"no {REPORT_KEY.decode()} in the file's metadata: it was not written by maskbeam")
+    values = json.loads(metadata[REPORT_KEY])
+    return ChunkReport(**{**values, "totals": Totals.from_dict(values["totals"])})

@@ -1,0 +1,355 @@
+"""GenerateMasks: the batched DoFn that runs on the accelerator's workers.
+
+A chunk is labeled image by image in three overlapping steps: threads decode a few images ahead, the calling thread
+feeds the device, threads measure and encode masks. Results come back in the images' order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import apache_beam as beam
+from apache_beam.utils.shared import Shared
+
+from transforms.amg import AmgConfig, Crop, ImageMasks, Sam, prepare_crops, propose_image, select_masks
+from transforms.images import ImageConfig, ImageError, decode_image
+from transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Seconds
+
+# Images decoded before the device asks for them, and images whose masks may still be in work behind it.
+_DECODE_AHEAD = 3
+_ENCODE_BEHIND = 3
+
+# So many images in a row that the model fails on mean that the model is broken, not the images.
+_MAX_MODEL_FAILURES_IN_A_ROW = 3
+
+# What a process appends to its progress file for each image: the encoded bytes.
+PROGRESS_RECORD = struct.Struct("<Q")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model runs, and how.
+
+    Attributes:
+      model: an embedded model (sam_tiny), a KerasHub SAM preset by name (sam_base_sa1b, sam_large_sa1b,
+        sam_huge_sa1b), or the directory or URI of one.
+      dtype: float32 gives the reference's masks; bfloat16 and float16 are faster on accelerators and change some masks.
+    """
+
+    model: str = "sam_tiny"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype}")
+
+
+LoadSam = Callable[[ModelConfig], Sam]
+
+
+def load_model(config: ModelConfig) -> Sam:
+    """Loads the model. Keras is imported here, so that launching a job does not need it."""
+    with _native_stderr_silenced():
+        from transforms.sam import load_sam
+
+        return load_sam(config.model, config.dtype)
+
+
+@contextlib.contextmanager
+def _native_stderr_silenced() -> Iterator[None]:
+    """Hides what TensorFlow's native code says of CPU features and missing GPUs as it starts.
+
+    No environment variable turns that off. Errors are Python exceptions and not affected, nor is what Python prints.
+    """
+    if not sys.stderr or sys.stderr is not sys.__stderr__:  # captured or replaced: leave it alone
+        yield
+        return
+    python_stderr, saved = sys.stderr, os.dup(2)
+    with open(os.devnull, "w") as devnull, os.fdopen(saved, "w", buffering=1) as real:
+        os.dup2(devnull.fileno(), 2)
+        sys.stderr = real
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            sys.stderr = python_stderr
+
+
+class ModelBroken(RuntimeError):
+    """The model fails on every image: the accelerator, its memory or the installation, not the data."""
+
+
+@dataclass
+class ModelHealth:
+    """Tells a bad image from a broken model, over the chunks of one process."""
+
+    worked: bool = False
+    failures_in_a_row: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def succeeded(self) -> None:
+        """An image got through."""
+        self.worked, self.failures_in_a_row = True, 0
+        self.reasons.clear()
+
+    def failed(self, image_id: str, error: Exception) -> None:
+        """An image failed twice. Raises ModelBroken at the third in a row."""
+        self.failures_in_a_row += 1
+        self.reasons.append(f"{image_id}: {_describe(error)}")
+        if self.failures_in_a_row >= _MAX_MODEL_FAILURES_IN_A_ROW:
+            self.give_up(error)
+
+    def check_chunk(self, error: Exception | None) -> None:
+        """At the end of a chunk: a model that never worked is broken, however few images there were."""
+        if error is not None and not self.worked:
+            self.give_up(error)
+
+    def give_up(self, error: Exception) -> None:
+        """Raises ModelBroken."""
+        raise ModelBroken(
+            f"the model failed on {self.failures_in_a_row} images in a row, so nothing of this chunk was written. "
+            f"{'; '.join(self.reasons)}. Look at the first error: if memory ran out, lower --points_per_batch."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """An image ready for the device, or why it never will be."""
+
+    labeled: LabeledImage  # without masks
+    crops: list[Crop]
+
+
+def label_chunk(
+    sam: Sam,
+    chunk: Chunk,
+    image_config: ImageConfig,
+    amg_config: AmgConfig,
+    threads: ThreadPoolExecutor,
+    health: ModelHealth,
+    image_done: Callable[[LabeledImage], None] = lambda image: None,
+) -> LabeledChunk:
+    """Labels the images of a chunk; an image that cannot be labeled becomes a failure and costs only itself.
+
+    Args:
+      threads: decode, measure and encode here.
+      health: carried from chunk to chunk.
+      image_done: called with each image, for progress.
+
+    Raises:
+      ModelBroken: the model fails on every image.
+    """
+    decode = partial(_decode, image_config=image_config, amg_config=amg_config, frame_size=sam.frame_size)
+    waiting = iter(chunk.images)
+    ahead: deque[Future[_Decoded]] = deque()
+    behind: deque[tuple[_Decoded, Future[ImageMasks]]] = deque()
+    labeled: list[LabeledImage] = []
+    last_error: Exception | None = None
+
+    def done(image: LabeledImage) -> None:
+        labeled.append(image)
+        image_done(image)
+
+    def finish_oldest() -> None:
+        nonlocal last_error
+        decoded, future = behind.popleft()
+        try:
+            result = future.result()
+        except Exception as first_error:
+            _log.warning("%s failed (%s), trying again", decoded.labeled.source.image_id, _describe(first_error))
+            try:
+                result = _generate(sam, decoded, amg_config, threads).result()
+            except Exception as error:
+                last_error = error
+                health.failed(decoded.labeled.source.image_id, error)
+                done(replace(decoded.labeled, failure=Failure("model", _describe(error))))
+                return
+        health.succeeded()
+        done(
+            replace(
+                decoded.labeled,
+                masks=result.masks,
+                num_candidates=result.num_candidates,
+                dropped=result.dropped,
+                seconds=decoded.labeled.seconds + result.seconds,
+            )
+        )
+
+    while True:
+        while len(ahead) < _DECODE_AHEAD and (image := next(waiting, None)) is not None:
+            ahead.append(threads.submit(decode, image))
+        if not ahead:
+            break
+        decoded = ahead.popleft().result()
+        if decoded.labeled.failure:
+            while behind:  # keep the images' order
+                finish_oldest()
+            done(decoded.labeled)
+            continue
+        behind.append((decoded, _generate(sam, decoded, amg_config, threads)))
+        if len(behind) > _ENCODE_BEHIND:
+            finish_oldest()
+    while behind:
+        finish_oldest()
+    health.check_chunk(last_error)
+    return LabeledChunk(chunk.shard, chunk.index, tuple(labeled), chunk.final, chunk.digest)
+
+
+def _decode(image: EncodedImage, image_config: ImageConfig, amg_config: AmgConfig, frame_size: int) -> _Decoded:
+    """Bytes -> crops. The decoded image itself is not kept."""
+    start = time.perf_counter()
+    source = replace(image, data=b"")
+    sha256 = hashlib.sha256(image.data).hexdigest() if image.data else ""
+    if image.failure:
+        return _Decoded(LabeledImage(source, len(image.data), sha256, None, 1, failure=image.failure), [])
+    try:
+        decoded = decode_image(image.data, image_config)
+        crops = prepare_crops(decoded.pixels, amg_config, frame_size)
+    except ImageError as error:
+        return _Decoded(
+            LabeledImage(source, len(image.data), sha256, None, 1, failure=Failure("decode", str(error))), []
+        )
+    except MemoryError as error:
+        return _Decoded(
+            LabeledImage(source, len(image.data), sha256, None, 1, failure=Failure("decode", _describe(error))), []
+        )
+    size_hw = decoded.pixels.shape[0], decoded.pixels.shape[1]
+    seconds = Seconds(decode=time.perf_counter() - start)
+    return _Decoded(
+        LabeledImage(source, len(image.data), sha256, size_hw, decoded.exif_orientation, seconds=seconds), crops
+    )
+
+
+def _generate(sam: Sam, decoded: _Decoded, config: AmgConfig, threads: ThreadPoolExecutor) -> Future[ImageMasks]:
+    """Runs the model now; the future is of the masks. An error of the model becomes the future's."""
+    try:
+        proposals, seconds = propose_image(sam, decoded.crops, config, threads.submit)
+    except Exception as error:
+        failed: Future[ImageMasks] = Future()
+        failed.set_exception(error)
+        return failed
+    assert decoded.labeled.size_hw is not None  # decoding succeeded
+    return threads.submit(select_masks, proposals, decoded.labeled.size_hw, config, seconds)
+
+
+def _describe(error: Exception) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+
+
+class _SharedModel:
+    """One model a process; the lock is a guard for runners with several bundle threads."""
+
+    def __init__(self, sam: Sam) -> None:
+        self.sam = sam
+        self.lock = threading.Lock()
+        self.health = ModelHealth()
+
+
+class GenerateMasks(beam.PTransform):
+    """PCollection[Chunk] -> PCollection[LabeledChunk]."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        images: ImageConfig,
+        amg: AmgConfig,
+        backend: str,
+        load: LoadSam = load_model,
+        progress_dir: str | None = None,
+    ) -> None:
+        """
+        Args:
+          backend: the Keras backend the job was made for; workers set it, or fail if they already run another.
+          load: makes the model; tests give a fake.
+          progress_dir: a local directory where each process tells how far it is, for the launcher's progress bar.
+        """
+        super().__init__()
+        self._arguments = (model, images, amg, backend, load, progress_dir)
+
+    def expand(self, chunks: beam.PCollection) -> beam.PCollection:
+        return chunks | beam.ParDo(_GenerateMasksFn(*self._arguments)).with_output_types(LabeledChunk)
+
+
+class _GenerateMasksFn(beam.DoFn):
+    """Owns the model of the process and the threads around it."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        images: ImageConfig,
+        amg: AmgConfig,
+        backend: str,
+        load: LoadSam,
+        progress_dir: str | None,
+    ) -> None:
+        self._model_config = model
+        self._image_config = images
+        self._amg_config = amg
+        self._backend = backend
+        self._load = load
+        self._progress_dir = progress_dir
+        self._shared = Shared()
+
+    def setup(self) -> None:
+        use_backend(self._backend)
+        # First of all, so that the launcher knows the process and notices its death.
+        self._progress = open_progress(self._progress_dir)
+        self._model = self._shared.acquire(lambda: _SharedModel(self._load(self._model_config)))
+        self._threads = ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16)), thread_name_prefix="host")
+
+    def teardown(self) -> None:
+        self._threads.shutdown()
+        if self._progress is not None:
+            os.close(self._progress)
+
+    def process(self, chunk: Chunk) -> Iterator[LabeledChunk]:
+        with self._model.lock:
+            yield label_chunk(
+                self._model.sam,
+                chunk,
+                self._image_config,
+                self._amg_config,
+                self._threads,
+                self._model.health,
+                image_done=self._image_done,
+            )
+
+    def _image_done(self, image: LabeledImage) -> None:
+        if self._progress is not None:
+            os.write(self._progress, PROGRESS_RECORD.pack(image.num_bytes))
+
+
+def use_backend(backend: str) -> None:
+    """Sets the Keras backend of this process.
+
+    Raises:
+      RuntimeError: Keras already runs another one.
+    """
+    os.environ.setdefault("KERAS_BACKEND", backend)
+    if os.environ["KERAS_BACKEND"] != backend:
+        raise RuntimeError(
+            f"this job was made for KERAS_BACKEND={backend}, but a worker runs {os.environ['KERAS_BACKEND']}. "
+            "Set the variable to the same value where the job is launched and in the worker's image."
+        )
+
+
+def open_progress(progress_dir: str | None) -> int | None:
+    """The process's own progress file, named by its id: one PROGRESS_RECORD an image."""
+    if progress_dir is None:
+        return None
+    return os.open(os.path.join(progress_dir, str(os.getpid())), os.O_WRONLY | os.O_CREAT | os.O_APPEND)

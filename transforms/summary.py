@@ -1,0 +1,62 @@
+"""Summarize: the totals of a run, with the chunks of earlier starts, as summary.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+
+from transforms.records import ChunkReport, Totals
+from transforms.write import TEMPORARY_DIR, delete_tree
+
+SUMMARY_FILE = "summary.json"
+
+
+def sum_totals(totals: Iterable[Totals]) -> Totals:
+    """Adds up totals."""
+    return sum(totals, Totals())
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Writes a JSON file on any Beam file system, replacing it."""
+    with FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+        file.write(json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Reads a JSON file from any Beam file system."""
+    with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+        return json.loads(file.read())
+
+
+def write_summary(totals: Totals, output: str, run: dict[str, Any]) -> Totals:
+    """Ends a run that went well: summary.json is there and nothing temporary is left."""
+    write_json(FileSystems.join(output, SUMMARY_FILE), {**totals.to_dict(), "versions": run["versions"]})
+    delete_tree(FileSystems.join(output, TEMPORARY_DIR))
+    return totals
+
+
+class Summarize(beam.PTransform):
+    """(PCollection[ChunkReport] of this start, of earlier ones) -> PCollection[Totals], one element."""
+
+    def __init__(self, output: str, run: dict[str, Any]) -> None:
+        super().__init__()
+        self.output = output
+        self.run = run
+
+    def expand(self, reports: tuple[beam.PCollection, beam.PCollection]) -> beam.PCollection:
+        return (
+            reports
+            | beam.Flatten()
+            | beam.Map(_totals_of).with_output_types(Totals)
+            | beam.CombineGlobally(sum_totals)
+            | beam.Map(write_summary, output=self.output, run=self.run)
+        )
+
+
+def _totals_of(report: ChunkReport) -> Totals:
+    return report.totals

@@ -1,0 +1,179 @@
+"""WriteParquet: commits a chunk.
+
+A chunk is two files. Both are built in memory, written under _tmp, then renamed, annotations first: the images file is
+the commit mark, and a reader never sees half a chunk. A repeated or retried chunk replaces its files with the same rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+from apache_beam.metrics import Metrics
+
+from transforms.records import ChunkReport, LabeledChunk, Seconds, Totals
+from transforms.schema import chunk_to_tables
+
+ANNOTATIONS_DIR = "annotations"
+IMAGES_DIR = "images"
+TEMPORARY_DIR = "_tmp"
+
+# A run is judged by its failures only after this many images (of one process).
+_MIN_IMAGES_TO_JUDGE = 100
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where the labels go.
+
+    Attributes:
+      output: directory of the labels, on any Beam file system.
+      overwrite: delete the labels that an earlier run left in output and start anew.
+      retry_failed: redo the chunks of an earlier start that have failed images.
+      max_failed_fraction: end the run when more than this fraction of the images failed (judged after 100 images of a
+        process): a mistake in the input should not become ten million failed rows.
+    """
+
+    output: str
+    overwrite: bool = False
+    retry_failed: bool = False
+    max_failed_fraction: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_failed_fraction <= 1:
+            raise ValueError(f"max_failed_fraction must be between 0 and 1, got {self.max_failed_fraction}")
+
+
+class TooManyFailures(RuntimeError):
+    """More images failed than max_failed_fraction allows."""
+
+
+def chunk_name(shard: str, index: int) -> str:
+    """Name of a chunk's files, in either directory.
+
+    >>> chunk_name("train.tar", 7)
+    'train.tar-00007.parquet'
+    """
+    return f"{shard}-{index:05d}.parquet"
+
+
+def parse_chunk_name(name: str) -> tuple[str, int]:
+    """Inverse of chunk_name."""
+    shard, _, index = name.removesuffix(".parquet").rpartition("-")
+    return shard, int(index)
+
+
+def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> ChunkReport:
+    """Writes a chunk's two files and makes them visible, images last.
+
+    Args:
+      output: directory of the labels.
+      run: content of run.json; goes into the files' metadata.
+    """
+    start = time.perf_counter()
+    report = ChunkReport(
+        chunk.shard.name, chunk.index, chunk.final, chunk.digest, chunk.shard.source, totals=chunk.totals()
+    )
+    name = chunk_name(chunk.shard.name, chunk.index)
+    attempt = uuid.uuid4().hex
+    staged = []
+    for directory, table in zip((ANNOTATIONS_DIR, IMAGES_DIR), chunk_to_tables(chunk, report, run), strict=True):
+        temporary = FileSystems.join(output, TEMPORARY_DIR, f"{attempt}-{directory}-{name}")
+        _write_file(temporary, table)
+        staged.append((temporary, FileSystems.join(output, directory, name)))
+    for directory in (ANNOTATIONS_DIR, IMAGES_DIR):
+        _make_dirs(FileSystems.join(output, directory))
+    for temporary, final in staged:
+        FileSystems.rename([temporary], [final])
+    seconds = report.totals.seconds + Seconds(write=time.perf_counter() - start)
+    return replace(report, totals=replace(report.totals, seconds=seconds))
+
+
+def _write_file(path: str, table: pa.Table) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    with FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+        file.write(buffer.getbuffer())
+
+
+def _make_dirs(path: str) -> None:
+    with contextlib.suppress(OSError):  # Beam's file systems raise if it exists; a real fault shows at the rename
+        FileSystems.mkdirs(path)
+
+
+def delete_tree(path: str) -> None:
+    """Deletes everything below a directory, on any file system; nothing if there is nothing."""
+    files = [
+        file.path
+        for match in FileSystems.match([FileSystems.join(escape_glob(path), "**")])
+        for file in match.metadata_list
+    ]
+    if files:
+        FileSystems.delete(files)
+    if FileSystems.exists(path):  # where directories are more than a prefix
+        FileSystems.delete([path])
+
+
+def escape_glob(path: str) -> str:
+    """Makes a path match itself in Beam's patterns, which have no quoting but character classes."""
+    return "".join(f"[{char}]" if char in "[*?" else char for char in path)
+
+
+class WriteParquet(beam.PTransform):
+    """PCollection[LabeledChunk] -> PCollection[ChunkReport], each after its chunk is committed."""
+
+    def __init__(self, config: OutputConfig, run: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.run = run
+
+    def expand(self, chunks: beam.PCollection) -> beam.PCollection:
+        return chunks | beam.ParDo(_WriteParquetFn(self.config, self.run)).with_output_types(ChunkReport)
+
+
+class _WriteParquetFn(beam.DoFn):
+    """Commits chunks, counts, and ends the run when too many images fail.
+
+    Its only state is the totals of the images this process has seen.
+    """
+
+    def __init__(self, config: OutputConfig, run: dict[str, Any]) -> None:
+        self._config = config
+        self._run = run
+        self._seen = Totals()
+
+    def process(self, chunk: LabeledChunk) -> Iterator[ChunkReport]:
+        self._seen += chunk.totals()
+        if (
+            self._seen.images >= _MIN_IMAGES_TO_JUDGE
+            and self._seen.failed > self._config.max_failed_fraction * self._seen.images
+        ):
+            raise TooManyFailures(
+                f"{self._seen.failed} of {self._seen.images} images failed, more than max_failed_fraction "
+                f"{self._config.max_failed_fraction} allows; the first: {'; '.join(self._seen.failures[:3])}. "
+                "Mend the input, or raise --max_failed_fraction."
+            )
+        report = commit_chunk(chunk, self._config.output, self._run)
+        _count(report.totals)
+        yield report
+
+
+def _count(totals: Totals) -> None:
+    """Beam counters and distributions with the figures of the summary."""
+    namespace = "maskbeam"
+    for name in ("images", "labeled", "empty", "failed", "masks", "candidates"):
+        Metrics.counter(namespace, name).inc(getattr(totals, name))
+    for name, count in vars(totals.dropped).items():
+        Metrics.counter(namespace, f"dropped_{name}").inc(count)
+    for name, seconds in vars(totals.seconds).items():
+        Metrics.distribution(namespace, f"{name}_msec_per_chunk").update(round(1000 * seconds))
