@@ -153,7 +153,7 @@ def parse_label(argv: list[str]) -> tuple[Job, PipelineOptions]:
     values = vars(parsed)
     _check_beam_flags(rest)
     profile = values.pop("profile")
-    configs = {}
+    configs: dict[str, Any] = {}
     for name, config in _CONFIGS.items():
         given = {
             field.name: tuple(values[field.name]) if isinstance(values[field.name], list) else values[field.name]
@@ -205,8 +205,8 @@ def _check_beam_flags(flags: list[str]) -> None:
     raise UsageError(f"unknown argument {unknown[0]}: {hint} (Options only a job server knows go after --.)")
 
 
-def _subclasses(cls: type) -> list[type]:
-    found = []
+def _subclasses(cls: type) -> list[Any]:
+    found: list[Any] = []
     for subclass in cls.__subclasses__():
         found += [subclass, *_subclasses(subclass)]
     return found

@@ -192,12 +192,20 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class MeasuredBatch:
+    """The candidates of one batch of prompts, and the seconds it took to measure them."""
+
+    candidates: list[Candidate]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Proposals:
     """What the device made of one crop; `batches` are futures of the host's measurements."""
 
     crop: CropBox
     upsampling: Upsampling
-    batches: list[Future[list[Candidate]]]
+    batches: list[Future[MeasuredBatch]]
     num_candidates: int
     dropped_predicted_iou: int
 
@@ -315,8 +323,9 @@ def _measure(
     points_xy: np.ndarray,
     upsampling: Upsampling,
     config: AmgConfig,
-) -> list[Candidate]:
+) -> MeasuredBatch:
     """Stability and box of the candidates (rows, tokens) of a batch; unstable ones keep no logits."""
+    start = time.perf_counter()
     candidates = []
     for row, token in zip(rows, tokens, strict=True):
         measured = measure_mask(logits[row, token], upsampling, config.mask_threshold, config.stability_score_offset)
@@ -325,7 +334,7 @@ def _measure(
         kept_logits = logits[row, token].copy() if stable else np.empty((0, 0), np.float32)
         point = float(points_xy[row, 0]), float(points_xy[row, 1])
         candidates.append(Candidate(predicted_iou[row, token], point, kept_logits, measured))
-    return candidates
+    return MeasuredBatch(candidates, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
@@ -347,11 +356,12 @@ def select_masks(
       size_hw: (H, W) of the image.
       seconds: spent on the image so far; the time spent here is added.
     """
+    batches = [[batch.result() for batch in crop_proposals.batches] for crop_proposals in proposals]
     start = time.perf_counter()
     masks: list[_Encoded] = []
     dropped = Dropped()
-    for crop_proposals in proposals:
-        crop_masks, crop_dropped = _select_in_crop(crop_proposals, size_hw, config)
+    for crop_proposals, crop_batches in zip(proposals, batches, strict=True):
+        crop_masks, crop_dropped = _select_in_crop(crop_proposals, crop_batches, size_hw, config)
         masks += crop_masks
         dropped += crop_dropped
 
@@ -380,7 +390,7 @@ def select_masks(
         dropped += Dropped(max_masks=len(masks) - config.max_masks)
         masks = [masks[i] for i in np.sort(best)]
 
-    postprocess = time.perf_counter() - start
+    postprocess = time.perf_counter() - start + sum(batch.seconds for crop_batches in batches for batch in crop_batches)
     return ImageMasks(
         tuple(mask.mask for mask in masks),
         num_candidates=sum(crop_proposals.num_candidates for crop_proposals in proposals),
@@ -390,10 +400,10 @@ def select_masks(
 
 
 def _select_in_crop(
-    proposals: Proposals, size_hw: tuple[int, int], config: AmgConfig
+    proposals: Proposals, batches: list[MeasuredBatch], size_hw: tuple[int, int], config: AmgConfig
 ) -> tuple[list[_Encoded], Dropped]:
     """The candidates of one crop that are stable, whole and no duplicates, best predicted IoU first."""
-    proposed = [candidate for batch in proposals.batches for candidate in batch.result()]
+    proposed = [candidate for batch in batches for candidate in batch.candidates]
 
     # Filter by stability (the measurement has let go of the logits of the others)
     stable = [candidate for candidate in proposed if candidate.logits.size]

@@ -190,7 +190,7 @@ def _exif_orientation(image: ImageFile) -> int:
     """The loaded image's EXIF orientation, 1..8; 1 where there is none or it is invalid."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # noqa: BLE001  damaged metadata raises nearly anything, and does not spoil good pixels
+    except Exception:
         return 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 

@@ -49,8 +49,8 @@ def measure_mask(
         rows, cols = window
         for strip in upsampling.strips(rows, cols):
             upsampled = upsampling.apply(logits, rows, strip)
-            inner += np.count_nonzero(upsampled > mask_threshold + stability_score_offset)
-            outer += np.count_nonzero(upsampled > mask_threshold - stability_score_offset)
+            inner += int(np.count_nonzero(upsampled > mask_threshold + stability_score_offset))
+            outer += int(np.count_nonzero(upsampled > mask_threshold - stability_score_offset))
             mask = upsampled > mask_threshold
             xs, ys = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
             if xs.size:

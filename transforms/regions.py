@@ -39,7 +39,7 @@ def _remove_small_islands(runs: Runs, min_area: int) -> tuple[Runs, bool]:
     if keep.all():
         return runs, False
     if not keep.any():
-        keep = labels == _first_in_raster_order(foreground, labels, areas == areas.max())
+        keep = labels == _first_as_numbered(foreground, labels, areas == areas.max())
     return join_runs([Runs(runs.size_hw, foreground.starts[keep], foreground.ends[keep])], runs.size_hw), True
 
 
@@ -93,9 +93,9 @@ def _label_regions(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
     return labels, areas
 
 
-def _first_in_raster_order(runs: Runs, labels: np.ndarray, candidates: np.ndarray) -> int:
-    """Of the regions marked in candidates, the one whose first pixel comes first row by row, as OpenCV numbers them."""
+def _first_as_numbered(runs: Runs, labels: np.ndarray, candidates: np.ndarray) -> int:
+    """Of the regions marked in candidates, the first as OpenCV numbers them: by their first 2x2 block, row by row."""
     height, width = runs.size_hw
-    raster = (runs.starts % height) * width + runs.starts // height
-    raster[~candidates[labels]] = height * width
-    return int(labels[np.argmin(raster)])
+    block = runs.starts % height // 2 * width + runs.starts // height // 2
+    block[~candidates[labels]] = height * width
+    return int(labels[np.argmin(block)])

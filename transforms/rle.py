@@ -86,6 +86,8 @@ def area_and_bbox_xywh(counts: str, size_hw: tuple[int, int]) -> tuple[int, tupl
 
 def iou(one: str, others: list[str], size_hw: tuple[int, int]) -> np.ndarray:
     """Mask IoU of one RLE with each of the others, (N,) float64; 0 for two empty masks."""
+    if not others:
+        return np.zeros(0)  # pycocotools returns a list here
     size = list(size_hw)
     rest = [{"size": size, "counts": counts} for counts in others]
     return coco_mask.iou(rest, [{"size": size, "counts": one}], [0]).reshape(-1)

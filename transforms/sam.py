@@ -50,8 +50,8 @@ def load_sam(preset: str, dtype: str = "float32") -> Sam:
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"cannot load model {preset}: {first_line}. Expected an embedded model ({', '.join(embedded_presets())}), the "
-            "name of a KerasHub SAM preset such as sam_base_sa1b, or the directory or URI of one."
+            f"cannot load model {preset}: {first_line}. Expected an embedded model ({', '.join(embedded_presets())}), "
+            "the name of a KerasHub SAM preset such as sam_base_sa1b, or the directory or URI of one."
         ) from error
     return Sam(backbone, dtype)
 

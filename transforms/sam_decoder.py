@@ -2,7 +2,7 @@
 
 All prompts of a crop share one image embedding and none has a mask prompt. That allows, exactly up to rounding,
  - hoisting: everything before a prompt first changes the image tokens is done once an image (embed_context);
- - absorbing: a prompt has 7 tokens x 8 heads = 56 rows where the image has 4096 tokens x 256 channels, so the tokens are
+ - absorbing: a prompt has 7 tokens x 8 heads = 56 rows where the image has 4096 tokens x 256 channels, so tokens are
    projected through the weights instead of the image tokens: q.(Wk k) = (Wk' q).k, sum a(Wv k) = Wv sum(a k),
    (a V) Wo = a (V Wo);
  - two stages: predict_iou stops before the upscaling; upscale_masks does the rest for the prompts that passed the

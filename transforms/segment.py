@@ -307,8 +307,10 @@ class _GenerateMasksFn(beam.DoFn):
 
     def setup(self) -> None:
         use_backend(self._backend)
-        # First of all, so that the launcher knows the process and notices its death.
+        # First of all, so that the launcher knows the process and can stop it.
         self._progress = open_progress(self._progress_dir)
+        if self._progress is not None:  # a local worker process tells its life's story at INFO
+            logging.getLogger("apache_beam.runners.worker").setLevel(logging.WARNING)
         self._model = self._shared.acquire(lambda: _SharedModel(self._load(self._model_config)))
         self._threads = ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16)), thread_name_prefix="host")
 

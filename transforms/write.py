@@ -1,7 +1,7 @@
 """WriteParquet: commits a chunk.
 
 A chunk is two files. Both are built in memory, written under _tmp, then renamed, annotations first: the images file is
-the commit mark, and a reader never sees half a chunk. A repeated or retried chunk replaces its files with the same rows.
+the commit mark, and a reader never sees half a chunk. A chunk done twice replaces its files with the same rows.
 """
 
 from __future__ import annotations

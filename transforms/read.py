@@ -1,0 +1,416 @@
+"""Shards -> images, still encoded: one small reader a format, and the cutting into Chunks.
+
+A broken file never raises: it gives the images that can be had, and a failed one that says where it breaks off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import tarfile
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import IO, Any, TypeVar
+
+import google_crc32c
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from transforms.images import has_image_extension
+from transforms.records import Chunk, EncodedImage, Failure, Shard, SourceFile
+from transforms.source import BUFFER_BYTES, decompress, describe_error, open_file, read_up_to
+
+# A chunk also closes at this many bytes of encoded images, since it is held in memory.
+CHUNK_BYTES = 256 * 2**20
+# No image is that large: a length beyond it is a broken file, or somebody else's format.
+MAX_IMAGE_BYTES = 2**30
+
+# Characters of a failure's reason: members and columns are named in it, and there may be thousands.
+MAX_REASON = 1000
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """What the parts of a record are called; of each list the first name that a record has is used.
+
+    Attributes:
+      tfrecord_image: features with the encoded image.
+      tfrecord_key: features with the record's own key.
+      tfrecord_file_name: features with the image's file name.
+      parquet_image: columns with the encoded image: binary, or a struct with a binary field `bytes`.
+      parquet_key: columns with the row's own key.
+      parquet_file_name: columns with the image's file name; without one, the field `path` of the image's struct.
+    """
+
+    tfrecord_image: tuple[str, ...] = (
+        *(
+            "image/encoded",
+            "image",
+            "image_raw",
+            "image_bytes",
+            "encoded",
+            "img",
+            "jpg",
+            "jpeg",
+            "png",
+            "webp",
+            "bytes",
+        ),
+    )
+    tfrecord_key: tuple[str, ...] = ("image/source_id", "image/key/sha256", "image/id", "image_id", "id", "key")
+    tfrecord_file_name: tuple[str, ...] = ("image/filename", "image/file_name", "file_name", "filename", "path")
+    parquet_image: tuple[str, ...] = (
+        *("image", "image_bytes", "img_bytes", "bytes", "img", "jpg", "jpeg", "png", "webp", "content", "data"),
+    )
+    parquet_key: tuple[str, ...] = ("key", "__key__", "image_id", "id", "sha256")
+    parquet_file_name: tuple[str, ...] = ("file_name", "filename", "image_path", "path")
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            names = getattr(self, field.name)
+            if isinstance(names, str) or not all(names) or (not names and field.name.endswith("_image")):
+                raise ValueError(f"{field.name} is {names!r}; expected a list of names, none empty.")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a reader finds in a shard: an image's bytes, or the reason why there are none."""
+
+    data: bytes = b""
+    key: str | None = None
+    file_name: str | None = None
+    reason: str | None = None
+
+
+def read_images(shard: Shard, config: ReadConfig, root: str) -> Iterator[EncodedImage]:
+    """The images of a shard in the order of its rows. Raises nothing, whatever the files hold.
+
+    Args:
+      shard: what to read; no more than its max_images are given, and no more is read than they need.
+      config: names of features and columns.
+      root: directory that image ids are relative to.
+    """
+    samples: Iterable[Sample]
+    image_ids: Iterable[str]
+    if shard.format == "image":
+        samples = map(read_loose, shard.files)
+        image_ids = (relative_path(file.path, root) for file in shard.files)
+    else:
+        samples = read_container(shard.files[0], READERS[shard.format], config)
+        image_ids = (f"{relative_path(shard.path, root)}#{row}" for row in itertools.count(shard.first_row))
+    rows = itertools.count(shard.first_row)
+    for sample, image_id, row in zip(itertools.islice(samples, shard.max_images), image_ids, rows, strict=False):
+        reason = sample.reason or (None if sample.data else "the image has no bytes")
+        failure = Failure("read", _printable(reason)[:MAX_REASON]) if reason else None
+        yield EncodedImage(_printable(image_id), row, sample.key, sample.file_name, sample.data, failure)
+
+
+def read_chunks(
+    shard: Shard, config: ReadConfig, root: str, chunk_size: int, finished: Container[int]
+) -> Iterator[Chunk]:
+    """The chunks of a shard that are not finished. At most one of them and one image more are in memory.
+
+    Args:
+      chunk_size: images in a chunk; it also closes at CHUNK_BYTES.
+      finished: indices of the chunks to leave out. They are cut again all the same, so the others stay what they
+        were; finished loose files are not even opened.
+    """
+    digest = chunk_digest(shard, root)
+    if shard.format == "image":
+        if shard.first_chunk not in finished:
+            images = tuple(read_images(shard, config, root))
+            yield Chunk(shard, shard.first_chunk, images, final=True, digest=digest)
+        return
+    index = shard.first_chunk
+    for images, final in cut_chunks(read_images(shard, config, root), lambda image: len(image.data), chunk_size):
+        if index not in finished:
+            yield Chunk(shard, index, images, final, digest)
+        del images  # or it would stay in memory beside the next one
+        index += 1
+
+
+def cut_chunks(
+    items: Iterable[T], num_bytes: Callable[[T], int], chunk_size: int
+) -> Iterator[tuple[tuple[T, ...], bool]]:
+    """Cuts items into groups of at most chunk_size items and, unless one alone is larger, CHUNK_BYTES.
+
+    Yields:
+      (group, final). There is always a final group, if need be an empty one.
+    """
+    group: list[T] = []
+    group_bytes = 0
+    for item in items:
+        item_bytes = num_bytes(item)
+        if group and (len(group) == chunk_size or group_bytes + item_bytes > CHUNK_BYTES):
+            yield tuple(group), False
+            group, group_bytes = [], 0
+        group.append(item)
+        group_bytes += item_bytes
+    yield tuple(group), True
+
+
+def chunk_digest(shard: Shard, root: str) -> str:
+    """32 hex digits that change when a file of the shard is renamed, replaced by one of another size, or missing."""
+    files = sorted((relative_path(file.path, root), file.num_bytes) for file in shard.files)
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:32]
+
+
+def relative_path(path: str, root: str) -> str:
+    """A path below root without the root.
+
+    >>> relative_path("gs://b/train/a.tar", "gs://b"), relative_path("/a.tar", "/")
+    ('train/a.tar', 'a.tar')
+    """
+    return path.removeprefix(root if root.endswith("/") else root + "/")
+
+
+def read_loose(file: SourceFile) -> Sample:
+    """One image file."""
+    name = _printable(file.path.rpartition("/")[2])
+    try:
+        with open_file(file) as source:
+            data = read_up_to(source, MAX_IMAGE_BYTES + 1)
+    except OSError as error:
+        return Sample(file_name=name, reason=str(error))
+    if len(data) > MAX_IMAGE_BYTES:
+        return Sample(file_name=name, reason=f"the file is larger than {MAX_IMAGE_BYTES} bytes")
+    return Sample(data, file_name=name)
+
+
+Reader = Callable[[io.BufferedReader, ReadConfig], Iterator[Sample]]
+
+
+def read_container(file: SourceFile, reader: Reader, config: ReadConfig) -> Iterator[Sample]:
+    """The samples of one file of many images and, where it breaks off, one that says why."""
+    head = b""
+    none_yet = True
+    try:
+        with open_file(file) as source:
+            head = source.peek(16)[:16]
+            if not head:
+                raise ValueError("the file is empty (0 bytes)")
+            for sample in reader(source, config):
+                none_yet = False
+                yield sample
+    except ImportError:  # a fault of the installation, not of the file
+        raise
+    except Exception as error:  # parsers raise all sorts of things on broken bytes; none may end the job
+        begins = f"; the file begins with {head!r}" if head and none_yet else ""
+        yield Sample(reason=f"the shard breaks off here: {describe_error(error)}{begins}")
+
+
+def read_tfrecord(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
+    """The tf.train.Examples of a TFRecord file."""
+    header = source.peek(12)[:12]
+    # Some lengths look like the magic of a compression, but no compressed file has their checksum.
+    plain = _masked_crc32c(header[:8]) == header[8:]
+    for offset, record, intact in tfrecord_records(source if plain else decompress(source)):
+        if intact:
+            yield parse_example(record, config)
+        else:
+            yield Sample(reason=f"the record at byte {offset} is damaged: its checksum is wrong")
+
+
+def tfrecord_records(stream: IO[bytes]) -> Iterator[tuple[int, bytes, bool]]:
+    """The records of a TFRecord stream: byte offset, bytes, and whether their checksum is right.
+
+    A record is: length, uint64 little endian | masked CRC32C of the length | bytes | masked CRC32C of the bytes
+    (tensorflow/core/lib/io/record_writer.h).
+
+    Raises:
+      ValueError: a length is damaged, or the stream is cut.
+    """
+    offset = 0
+    while header := _read_at(stream, 12, offset):
+        length = int.from_bytes(header[:8], "little")
+        if len(header) < 12:
+            raise ValueError(f"the file is cut within the header at byte {offset}")
+        if header[8:] != _masked_crc32c(header[:8]):
+            raise ValueError(f"at byte {offset} there is no TFRecord header: the checksum of the length is wrong")
+        if length > MAX_IMAGE_BYTES:
+            raise ValueError(f"the record at byte {offset} has {length} bytes; at most {MAX_IMAGE_BYTES} are read")
+        record, checksum = _read_at(stream, length, offset), _read_at(stream, 4, offset)
+        if len(checksum) < 4:
+            raise ValueError(f"the file is cut within the record at byte {offset}")
+        yield offset, record, checksum == _masked_crc32c(record)
+        offset += 16 + length
+
+
+def _read_at(stream: IO[bytes], num_bytes: int, offset: int) -> bytes:
+    try:
+        return read_up_to(stream, num_bytes)
+    except Exception as error:
+        raise ValueError(f"the record at byte {offset} cannot be read: {describe_error(error)}") from error
+
+
+def _masked_crc32c(data: bytes) -> bytes:
+    crc = google_crc32c.value(data)
+    return (((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
+
+
+def parse_example(record: bytes, config: ReadConfig) -> Sample:
+    """The image of a serialized tf.train.Example."""
+    import tensorflow as tf  # heavy: only those who read TFRecords pay for it
+
+    try:
+        features = tf.train.Example.FromString(record).features.feature
+    except Exception:  # protobuf's DecodeError
+        return Sample(reason=f"the record is no tf.train.Example; it begins with {record[:16]!r}")
+
+    def first(names: tuple[str, ...]) -> str | None:
+        for name in names:
+            # `in` first: asking the map for a name it lacks would add it.
+            kind = features[name].WhichOneof("kind") if name in features else None
+            values = getattr(features[name], kind).value if kind else ()
+            if values and (text := _text(values[0])):
+                return text
+        return None
+
+    key, file_name = first(config.tfrecord_key), first(config.tfrecord_file_name)
+    for name in config.tfrecord_image:
+        if name in features and features[name].bytes_list.value:
+            return Sample(features[name].bytes_list.value[0], key, file_name)
+    found = ", ".join(f"{name} ({features[name].WhichOneof('kind')})" for name in sorted(features)) or "none"
+    return Sample(
+        key=key,
+        file_name=file_name,
+        reason=f"no image feature. Features: {found}. Name the one with the encoded image with --tfrecord_image",
+    )
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Reports a cut or damaged header, which tarfile would take for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _StrictTarInfo:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the zeros that end an archive
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+
+
+def read_tar(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
+    """The samples of a WebDataset, or of any tar of images.
+
+    Consecutive members with the same path up to the first dot of the base name are one sample, that path is its key;
+    its image is its first regular file with an image's extension. Links are never followed.
+    """
+    stream = source if source.peek(262)[257:262] == b"ustar" else decompress(source)
+    # Small blocks: of a compressed stream that breaks off, the block in which it does is lost.
+    with tarfile.open(fileobj=stream, mode="r|", bufsize=512, tarinfo=_StrictTarInfo, errors="backslashreplace") as tar:
+        names: list[str] = []
+        image = None
+        try:
+            for key, members in itertools.groupby(_tar_members(tar), lambda member: webdataset_key(member.name)):
+                names, image = [], None
+                for member in members:
+                    names.append(member.name)
+                    if image is None and member.isreg() and has_image_extension(member.name):
+                        image = _read_member(tar, member, key)
+                yield image or Sample(
+                    key=key, reason=f"the sample has no image file. Members: {', '.join(map(repr, names))}"
+                )
+                image = None
+            _check_end(tar)
+        except Exception as error:
+            if image:
+                yield image
+            where = f"after member {names[-1]!r}, " if names else ""
+            raise ValueError(f"{where}at byte {tar.fileobj.tell()} of the archive: {describe_error(error)}") from error
+
+
+def _tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all of them
+        # macOS puts a file "._name" with metadata before each file.
+        if not member.isdir() and not member.name.rpartition("/")[2].startswith("._"):
+            yield member
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, key: str) -> Sample:
+    if member.size > MAX_IMAGE_BYTES:
+        reason = f"member {member.name!r} has {member.size} bytes; at most {MAX_IMAGE_BYTES} are read"
+        return Sample(key=key, file_name=member.name, reason=reason)
+    file = tar.extractfile(member)
+    assert file is not None  # it is a regular file
+    return Sample(file.read(), key, member.name)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    # Reading to the end also checks the checksum of a compressed archive.
+    while block := tar.fileobj.read(2**16):
+        if block.strip(b"\0"):
+            raise ValueError("more data follows the archive's end; tar files cannot be joined end to end")
+
+
+def webdataset_key(name: str) -> str:
+    """The path of a member up to the first dot of its base name.
+
+    >>> webdataset_key("shard.1/00017.seg.png")
+    'shard.1/00017'
+    """
+    directory, slash, base = name.rpartition("/")
+    return directory + slash + base.partition(".")[0]
+
+
+def read_parquet(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
+    """The rows of a Parquet file with a column of encoded images."""
+    # A row at a time through a buffer: row groups are often as large as the file.
+    table = pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False)
+    schema = table.schema_arrow
+    image = next((name for name in config.parquet_image if name in schema.names and _holds_bytes(schema, name)), None)
+    if image is None:
+        found = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise ValueError(f"no image column. Columns: {found}. Name the binary one with --parquet_image")
+    key = next((name for name in config.parquet_key if name in schema.names), None)
+    file_name = next((name for name in config.parquet_file_name if name in schema.names), None)
+    columns = list(dict.fromkeys(name for name in (image, key, file_name) if name is not None))
+    row = 0
+    try:
+        for batch in table.iter_batches(batch_size=1, columns=columns, use_threads=False):
+            for values in batch.to_pylist():
+                yield _parse_row(values, image, key, file_name)
+                row += 1
+    except Exception as error:
+        raise ValueError(f"at row {row} of {table.metadata.num_rows}: {describe_error(error)}") from error
+
+
+def _holds_bytes(schema: pa.Schema, name: str) -> bool:
+    kind = schema.field(name).type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _parse_row(values: dict[str, Any], image: str, key: str | None, file_name: str | None) -> Sample:
+    data, path = values[image], None
+    if isinstance(data, dict):  # as Hugging Face datasets store images
+        data, path = data["bytes"], data.get("path")
+    name = _text(values[file_name] if file_name else path)
+    reason = None
+    if data is None:
+        reason = f"{image} is null"
+        if path is not None:
+            reason = f"{image} has no bytes, only the path {path!r}: embed the images in the Parquet files"
+    return Sample(data or b"", _text(values[key]) if key else None, name, reason)
+
+
+READERS: dict[str, Reader] = {"tfrecord": read_tfrecord, "tar": read_tar, "parquet": read_parquet}
+
+
+def _text(value: Any) -> str | None:
+    """A key or file name as a record has it."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace") or None
+    return None if value is None else _printable(str(value)) or None
+
+
+def _printable(text: str) -> str:
+    """Text that UTF-8 can store: bytes of a file name that are none become \\xNN."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
