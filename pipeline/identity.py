@@ -16,7 +16,7 @@ from pipeline.graph import Job
 from pipeline.options import UsageError
 from transforms.embedded import resolve_preset
 from transforms.summary import read_json, write_json
-from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, TEMPORARY_DIR, delete_tree
+from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, TEMPORARY_DIR, delete_tree, list_tree
 
 RUN_FILE = "run.json"
 _OUR_DIRS = (ANNOTATIONS_DIR, IMAGES_DIR, TEMPORARY_DIR)
@@ -115,8 +115,8 @@ def claim_output(output: str, run: dict[str, Any], overwrite: bool) -> None:
     Raises:
       UsageError: output holds another run, or something that is no run of ours, or cannot be written.
     """
-    path = FileSystems.join(output, RUN_FILE)
     try:
+        path = FileSystems.join(output, RUN_FILE)
         if FileSystems.exists(path):
             if not overwrite:
                 _check_same_run(read_json(path), run, output)
@@ -126,7 +126,9 @@ def claim_output(output: str, run: dict[str, Any], overwrite: bool) -> None:
         else:
             _check_empty(output)
         write_json(path, run)
-    except OSError as error:
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a file system that Beam does not know
         raise UsageError(
             f"cannot write to --output {output}: {error}. Choose a directory that can be written."
         ) from error
@@ -164,7 +166,7 @@ def _check_empty(output: str) -> None:
     """A directory with other things in it is not touched: its images/ may be somebody's photos."""
     for directory in _OUR_DIRS:
         path = FileSystems.join(output, directory)
-        if FileSystems.exists(path):
+        if list_tree(path):  # an object store knows no directories that could exist
             raise UsageError(
                 f"--output {output} already has a folder {directory}/ that no run of maskbeam made (there is no "
                 f"{RUN_FILE}). Choose another directory."

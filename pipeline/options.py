@@ -187,14 +187,11 @@ def runs_locally(options: PipelineOptions) -> bool:
 
 def _check_beam_flags(flags: list[str]) -> None:
     """Beam only warns of a flag that it does not know, and drops it. Here it is an error with a suggestion."""
-    beam_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
+    beam_parser = _Parser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
     for options in _subclasses(PipelineOptions):
         if "_add_argparse_args" in vars(options):
             options._add_argparse_args(beam_parser)
-    try:
-        _, unknown = beam_parser.parse_known_args(flags)
-    except SystemExit as error:  # a value of the wrong type; argparse has printed which
-        raise UsageError("a Beam flag has a value of the wrong type") from error
+    _, unknown = beam_parser.parse_known_args(flags)
     if not unknown:
         return
     ours = [option for action in label_parser()._actions for option in action.option_strings]
@@ -207,6 +204,7 @@ def _check_beam_flags(flags: list[str]) -> None:
 
 def _subclasses(cls: type) -> list[Any]:
     found: list[Any] = []
-    for subclass in cls.__subclasses__():
+    subclasses: list[Any] = cls.__subclasses__()
+    for subclass in subclasses:
         found += [subclass, *_subclasses(subclass)]
     return found

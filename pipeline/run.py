@@ -58,7 +58,7 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) ->
         matched = match_shards(job.input, job.read)
         check_output(job.input, job.output.output)
         use_backend(default_backend())
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         raise UsageError(str(error)) from error
     run = describe_run(job, matched.root)
     claim_output(job.output.output, run, job.output.overwrite)

@@ -133,9 +133,9 @@ class AmgConfig:
 def layer_point_grids(config: AmgConfig) -> tuple[np.ndarray, ...]:
     """The point grid of each crop layer, (P, 2) float64 (x, y) in [0, 1]."""
     if config.point_grids is not None:
-        grids = tuple(np.asarray(grid, np.float64).reshape(-1, 2) for grid in config.point_grids)
+        grids = tuple(np.asarray(grid, np.float64) for grid in config.point_grids)
         for layer, grid in enumerate(grids):
-            if not len(grid) or grid.min() < 0 or grid.max() > 1:
+            if not len(grid) or grid.shape[1:] != (2,) or not (grid.min() >= 0 and grid.max() <= 1):
                 raise ValueError(f"point_grids[{layer}] must hold at least one point (x, y), all within [0, 1]")
         return grids
     assert config.points_per_side is not None  # checked by AmgConfig

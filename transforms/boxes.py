@@ -32,8 +32,7 @@ def keep_off_crop_edge(
     boxes = boxes_xyxy.astype(np.float32) + np.array([x0, y0, x0, y0], np.float32)
     near_crop_edge = np.abs(boxes - np.array(crop_xyxy, np.float32)) <= EDGE_TOLERANCE
     near_image_edge = np.abs(boxes - np.array([0, 0, size_hw[1], size_hw[0]], np.float32)) <= EDGE_TOLERANCE
-    cut: np.ndarray = (near_crop_edge & ~near_image_edge).any(axis=1)
-    return ~cut
+    return np.logical_not(np.any(near_crop_edge & ~near_image_edge, axis=1))
 
 
 def nms(boxes_xyxy: np.ndarray, scores: np.ndarray, iou_threshold: float) -> np.ndarray:

@@ -12,7 +12,7 @@ from apache_beam.io.filesystems import FileSystems
 from transforms.read import ReadConfig, chunk_digest, read_chunks
 from transforms.records import Chunk, ChunkReport, Shard
 from transforms.schema import report_from_metadata
-from transforms.write import IMAGES_DIR, OutputConfig, chunk_name, escape_glob, parse_chunk_name
+from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, OutputConfig, chunk_name, escape_glob, parse_chunk_name
 
 FINISHED = "finished"
 
@@ -22,14 +22,17 @@ class InputChanged(RuntimeError):
 
 
 def committed_chunks(output: str) -> dict[str, list[int]]:
-    """The indices of the committed chunks of each shard, ascending."""
-    pattern = FileSystems.join(escape_glob(output), IMAGES_DIR, "*.parquet")
+    """The indices of the committed chunks of each shard, ascending: those that have both their files."""
     found: dict[str, list[int]] = {}
-    for match in FileSystems.match([pattern]):
-        for file in match.metadata_list:
-            shard, index = parse_chunk_name(FileSystems.split(file.path)[1])
-            found.setdefault(shard, []).append(index)
+    for name in sorted(_file_names(output, IMAGES_DIR) & _file_names(output, ANNOTATIONS_DIR)):
+        shard, index = parse_chunk_name(name)
+        found.setdefault(shard, []).append(index)
     return {shard: sorted(indices) for shard, indices in found.items()}
+
+
+def _file_names(output: str, directory: str) -> set[str]:
+    pattern = FileSystems.join(escape_glob(output), directory, "*.parquet")
+    return {FileSystems.split(file.path)[1] for match in FileSystems.match([pattern]) for file in match.metadata_list}
 
 
 def read_report(output: str, shard: str, index: int) -> ChunkReport:
@@ -53,10 +56,12 @@ def finished_reports(shard: Shard, root: str, committed: list[int], config: Outp
     reports = [read_report(config.output, shard.name, index) for index in committed]
     for report in reports:
         if report.digest != chunk_digest(shard, root):
+            change = f"it was {report.source}, now it is {shard.source}"
+            if report.source == shard.source:
+                change = f"its files ({shard.source}) have other names or other sizes"
             raise InputChanged(
-                f"{shard.path} changed since its chunk {report.index} was labeled: it was {report.source}, now it is "
-                f"{shard.source}. Its labels would be of two versions. Restore it, or label into another --output, or "
-                "start anew with --overwrite."
+                f"{shard.path} changed since its chunk {report.index} was labeled: {change}. Its labels would be of "
+                "two versions. Restore it, or label into another --output, or start anew with --overwrite."
             )
     if config.retry_failed:
         reports = [report for report in reports if not report.totals.failed]

@@ -77,13 +77,12 @@ class ScoredPrompts:
     Attributes:
       count: prompts in the batch; the rows after them are padding.
       iou: (points_per_batch, 3) tensor.
-      embeddings, image: what upscale_masks needs.
+      parts: what upscale_masks needs, the image's context first.
     """
 
     count: int
     iou: Any
-    embeddings: Any
-    image: Any
+    parts: tuple[Any, ...]
 
     def predicted_iou(self) -> np.ndarray:
         """(count, 3) float32; waits for the device."""
@@ -104,7 +103,7 @@ class Sam:
         self._encoder_weights = _to_device(encoder_weights, dtype)
         self._decoder_weights = _to_device(decoder_weights, dtype)
 
-        def embed(encoder: Weights, decoder: Weights, frame: Any, resized_hw: Any) -> Weights:
+        def embed(encoder: Weights, decoder: Weights, frame: Any, resized_hw: Any) -> list[Weights]:
             embedding = encode_image(encoder, encoder_shape, frame, resized_hw, dtype)
             return embed_context(decoder, decoder_shape, embedding)
 
@@ -112,17 +111,17 @@ class Sam:
         self._predict_iou = compile_for_backend(partial(_reorder(predict_iou), decoder_shape))
         self._upscale_masks = compile_for_backend(partial(_reorder(upscale_masks), decoder_shape))
 
-    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> Weights:
+    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> list[Weights]:
         """See transforms.amg.Sam."""
         return self._embed(self._encoder_weights, self._decoder_weights, frame, np.array(resized_hw, np.int32))
 
-    def score(self, context: Weights, points_xy: np.ndarray, points_per_batch: int) -> ScoredPrompts:
+    def score(self, context: list[Weights], points_xy: np.ndarray, points_per_batch: int) -> ScoredPrompts:
         """See transforms.amg.Sam."""
         # SAM prompts the middle of a pixel. In double until the last step, as the reference does.
         points = np.zeros((points_per_batch, 2))
         points[: len(points_xy)] = (points_xy + 0.5) / self.frame_size
-        iou, embeddings, image = self._predict_iou(self._decoder_weights, context, points.astype(np.float32))
-        return ScoredPrompts(len(points_xy), iou, embeddings, image)
+        iou, *parts = self._predict_iou(self._decoder_weights, context, points.astype(np.float32))
+        return ScoredPrompts(len(points_xy), iou, (context, *parts))
 
     def low_res_logits(self, scored: ScoredPrompts, prompts: np.ndarray) -> np.ndarray:
         """See transforms.amg.Sam."""
@@ -132,7 +131,7 @@ class Sam:
             rows = np.zeros(_UPSCALE_BATCH, np.int32)
             part = prompts[first : first + _UPSCALE_BATCH]
             rows[: len(part)] = part
-            pending.append(self._upscale_masks(self._decoder_weights, scored.embeddings, scored.image, rows))
+            pending.append(self._upscale_masks(self._decoder_weights, *scored.parts, rows))
         for first, part in zip(range(0, len(prompts), _UPSCALE_BATCH), pending, strict=True):
             rows_left = len(prompts) - first
             logits[first : first + _UPSCALE_BATCH] = ops.convert_to_numpy(part)[:rows_left]

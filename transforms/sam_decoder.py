@@ -1,12 +1,19 @@
 """SAM's prompt encoder and mask decoder (KerasHub SAMPromptEncoder, SAMMaskDecoder) over their weights.
 
-All prompts of a crop share one image embedding and none has a mask prompt. That allows, exactly up to rounding,
- - hoisting: everything before a prompt first changes the image tokens is done once an image (embed_context);
- - absorbing: a prompt has 7 tokens x 8 heads = 56 rows where the image has 4096 tokens x 256 channels, so tokens are
-   projected through the weights instead of the image tokens: q.(Wk k) = (Wk' q).k, sum a(Wv k) = Wv sum(a k),
-   (a V) Wo = a (V Wo);
- - two stages: predict_iou stops before the upscaling; upscale_masks does the rest for the prompts that passed the
-   filter, and only for mask tokens 1..3.
+The decoder gives every prompt image tokens of its own: L = 4096 of C = 256 channels, read and written some twenty times.
+They never exist here. All prompts start from the same image tokens, and each layer adds an attention over only
+T = 7 prompt tokens in H = 8 heads, so a prompt's image tokens stay a sum of few terms, exactly up to rounding:
+
+    tokens[l] = scale[l] * base[l] + sum_r weights[r, l] * rows[r] + constant
+
+with base (L, C) shared by all prompts and R = 57 or 114 rows a prompt. Attention adds rows (values through the output
+projection) with its softmax as their weights. Layer normalisation is linear but for the variance, which follows from
+the inner products of base and rows; so it changes scale, weights and rows. Products with the image tokens become
+products with base, shared by all prompts, and with the rows.
+
+Prompt tokens are projected through the weights to C channels instead of the image tokens to the heads:
+q.(Wk k) = (Wk' q).k, sum a(Wv k) = Wv sum(a k), (a V) Wo = a (V Wo). And there are two stages: predict_iou stops before
+the upscaling; upscale_masks does the rest for the prompts that passed the filter, and only for mask tokens 1..3.
 Reference: segment_anything/modeling/mask_decoder.py and transformer.py, commit dca509f.
 """
 
@@ -102,33 +109,108 @@ def _read_upscaling(layer: Any) -> Weights:
     return {"kernel": kernel.transpose(3, 0, 1, 2).reshape(kernel.shape[3], -1), "bias": np.tile(bias, 4)}
 
 
-def embed_context(weights: Weights, shape: DecoderShape, embedding: Any) -> Weights:
+def embed_context(weights: Weights, shape: DecoderShape, embedding: Any) -> list[Weights]:
     """All that the prompts of one image have in common.
 
     Args:
       embedding: (grid, grid, C).
 
     Returns:
-      image (L, C): image tokens with the no-mask embedding, L = grid**2; image_with_position (L, C); and of the first
-      layer the keys and values of token-to-image and the queries of image-to-token attention, each (heads, L, d).
+      for the input of each layer and of the final attention: base (L, C), what the image gives to the image tokens;
+      centered (L, C), base less its mean over the channels; square (L,) float32, the squared length of centered;
+      with_position (L, C), the position and the constant of the image tokens, which all images share.
     """
-    image = ops.reshape(embedding, (shape.grid**2, -1)) + weights["no_mask"]
-    with_position = image + weights["image_position"]
-    first = weights["layers"][0]
+    position = weights["image_position"]
+    base = ops.reshape(embedding, (shape.grid**2, -1)) + weights["no_mask"]
+    constant = None
+    context = []
+    for norm in (*(layer["norm4"] for layer in weights["layers"]), None):
+        centered = base - ops.mean(base, axis=-1, keepdims=True)
+        context.append(
+            {
+                "base": base,
+                "centered": centered,
+                "square": ops.sum(ops.square(ops.cast(centered, "float32")), axis=-1),
+                "position": position if constant is None else position + constant,
+            }
+        )
+        if norm is not None:
+            base = centered * ops.cast(norm["gamma"], centered.dtype)
+            constant = ops.cast(norm["beta"], centered.dtype)
+    return context
 
-    def heads(x: Any) -> Any:
-        return ops.transpose(ops.reshape(x, (shape.grid**2, shape.num_heads, -1)), (1, 0, 2))
 
-    return {
-        "image": image,
-        "image_with_position": with_position,
-        "keys": heads(dense(first["to_image"]["key"], with_position)),
-        "values": heads(dense(first["to_image"]["value"], image)),
-        "queries": heads(dense(first["to_token"]["query"], with_position)),
-    }
+@dataclass(frozen=True)
+class _ImageTokens:
+    """The image tokens of N prompts, as the module's docstring writes them.
+
+    Attributes:
+      base, position: (L, C), the latter with the constant.
+      scale: (N, L) float32, weights: (N, R, L), rows: (N, R, C); None before the first layer, where tokens are base.
+      constant: (C,); None before the first layer.
+    """
+
+    base: Any
+    position: Any
+    scale: Any = None
+    weights: Any = None
+    rows: Any = None
+    constant: Any = None
+
+    def dot(self, vectors: Any) -> Any:
+        """Inner products of vectors (N, A, C) with each image token and its position: (N, A, L)."""
+        if self.scale is None:
+            return ops.matmul(vectors, ops.transpose(self.base + self.position))
+        scaled = ops.matmul(vectors, ops.transpose(self.base)) * ops.cast(self.scale, vectors.dtype)[:, None]
+        through_rows = ops.matmul(ops.matmul(vectors, ops.transpose(self.rows, (0, 2, 1))), self.weights)
+        return scaled + ops.matmul(vectors, ops.transpose(self.position)) + through_rows
+
+    def sum(self, shares: Any) -> Any:
+        """Sums of the image tokens (without position) with shares (N, A, L) that add up to 1: (N, A, C)."""
+        if self.scale is None:
+            return ops.matmul(shares, self.base)
+        scaled = ops.matmul(shares * ops.cast(self.scale, shares.dtype)[:, None], self.base)
+        through_rows = ops.matmul(ops.matmul(shares, ops.transpose(self.weights, (0, 2, 1))), self.rows)
+        return scaled + through_rows + self.constant
+
+    def add_and_norm(self, shares: Any, rows: Any, bias: Any, norm: Weights, before: Weights, after: Weights) -> Any:
+        """LayerNormalization of the tokens plus sum_r shares[r] * rows[r] + bias.
+
+        Args:
+          shares: (N, R, L), rows: (N, R, C), bias: (C,).
+          before, after: the image's part of this layer and of the next, from embed_context.
+        """
+        count, _, positions = shares.shape
+        dtype = shares.dtype
+        constant = bias if self.constant is None else bias + self.constant
+        new_rows = [rows, ops.broadcast_to(constant, (count, 1, rows.shape[-1]))]
+        new_weights = [shares, ops.ones((count, 1, positions), dtype)]
+        if self.scale is not None:
+            new_rows.insert(0, self.rows)
+            new_weights.insert(0, self.weights)
+        rows, weights = ops.concatenate(new_rows, axis=1), ops.concatenate(new_weights, axis=1)
+        rows = rows - ops.mean(rows, axis=-1, keepdims=True)
+        scale = ops.ones((1, positions)) if self.scale is None else self.scale
+
+        # |scale * centered + sum_r weights[r] * rows[r]|**2, in float32
+        with_base = ops.matmul(rows, ops.transpose(before["centered"]))
+        among_rows = ops.matmul(ops.matmul(rows, ops.transpose(rows, (0, 2, 1))), weights)
+        products = 2 * scale[:, None] * ops.cast(with_base, "float32") + ops.cast(among_rows, "float32")
+        length = ops.square(scale) * before["square"] + ops.sum(ops.cast(weights, "float32") * products, axis=1)
+        variance = ops.maximum(length / rows.shape[-1], 0)
+        factor = ops.rsqrt(variance + norm["epsilon"])
+
+        return _ImageTokens(
+            base=after["base"],
+            position=after["position"],
+            scale=scale * factor,
+            weights=weights * ops.cast(factor, dtype)[:, None],
+            rows=rows * ops.cast(norm["gamma"], dtype),
+            constant=ops.cast(norm["beta"], dtype),
+        )
 
 
-def predict_iou(weights: Weights, shape: DecoderShape, context: Weights, points: Any) -> tuple[Any, Any, Any]:
+def predict_iou(weights: Weights, shape: DecoderShape, context: list[Weights], points: Any) -> tuple[Any, ...]:
     """Runs the decoder up to the predicted IoU.
 
     Args:
@@ -136,61 +218,72 @@ def predict_iou(weights: Weights, shape: DecoderShape, context: Weights, points:
       points: (N, 2) float32 (x, y) in [0, 1] of the frame, one foreground point a prompt.
 
     Returns:
-      predicted IoU (N, 3) float32, mask embeddings (N, 3, C/8), image tokens (N, L, C).
+      predicted IoU (N, 3) float32, and for upscale_masks: mask embeddings (N, 3, C/8) and the image tokens' scale
+      (N, L), weights (N, R, L) and rows (N, R, C).
     """
     heads = shape.num_heads
-    position = weights["image_position"][None]
-    tokens = _prompt_tokens(weights, points, context["image"].dtype)
-    queries, image, with_position = tokens, context["image"][None], context["image_with_position"][None]
+    image = _ImageTokens(context[0]["base"], context[0]["position"])
+    tokens = _prompt_tokens(weights, points, context[0]["base"].dtype)
+    queries = tokens
     for index, layer in enumerate(weights["layers"]):
         if index == 0:
             queries = _self_attention(layer["self"], queries, queries, heads)
         else:
             queries = queries + _self_attention(layer["self"], queries + tokens, queries, heads)
         queries = layer_norm(layer["norm1"], queries)
-        if index == 0:
-            attended = _first_to_image(layer["to_image"], queries + tokens, context["keys"], context["values"], heads)
-        else:
-            attended = _to_image(layer["to_image"], queries + tokens, with_position, image, heads)
-        queries = layer_norm(layer["norm2"], queries + attended)
+        queries = layer_norm(layer["norm2"], queries + _to_image(layer["to_image"], queries + tokens, image, heads))
         queries = layer_norm(layer["norm3"], queries + mlp(layer["mlp"], queries, ops.relu))
-        if index == 0:
-            update = _first_to_token(layer["to_token"], context["queries"], queries + tokens, queries, heads)
-        else:
-            update = _to_token(layer["to_token"], with_position, queries + tokens, queries, heads)
-        image = layer_norm(layer["norm4"], image + update)
-        with_position = image + position
+        shares, rows = _to_token(layer["to_token"], image, queries + tokens, queries, heads)
+        bias = layer["to_token"]["out"]["bias"]
+        image = image.add_and_norm(shares, rows, bias, layer["norm4"], context[index], context[index + 1])
     # Mask token 0 and the prompt's own tokens are read no more.
     outputs = [0, *range(2, len(weights["hypernetworks"]) + 2)]
     queries = ops.stack([queries[:, i] for i in outputs], axis=1)
     tokens = ops.stack([tokens[:, i] for i in outputs], axis=1)
-    queries = queries + _to_image(weights["final"], queries + tokens, with_position, image, heads)
-    queries = layer_norm(weights["final_norm"], queries)
+    queries = layer_norm(weights["final_norm"], queries + _to_image(weights["final"], queries + tokens, image, heads))
     predicted_iou = mlp(weights["iou_head"], queries[:, 0], ops.relu)[:, 1:]
     embeddings = [mlp(network, queries[:, 1 + i], ops.relu) for i, network in enumerate(weights["hypernetworks"])]
-    return ops.cast(predicted_iou, "float32"), ops.stack(embeddings, axis=1), image
+    return ops.cast(predicted_iou, "float32"), ops.stack(embeddings, axis=1), image.scale, image.weights, image.rows
 
 
-def upscale_masks(weights: Weights, shape: DecoderShape, embeddings: Any, image: Any, prompts: Any) -> Any:
+def upscale_masks(
+    weights: Weights,
+    shape: DecoderShape,
+    context: list[Weights],
+    embeddings: Any,
+    scale: Any,
+    token_weights: Any,
+    rows: Any,
+    prompts: Any,
+) -> Any:
     """Mask logits of some prompts of a batch.
 
     The transposed convolutions are matrix products whose 2x2 outputs stay beside each other as channels; the pixels are
-    put in their places once, in the three channels of the result.
+    put in their places once, in the three channels of the result. The first one is applied to the parts of the image
+    tokens, so that these are not needed here either.
 
     Args:
-      embeddings, image: of predict_iou.
+      context: of embed_context.
+      embeddings, scale, token_weights, rows: of predict_iou.
       prompts: (K,) int32 rows of the batch.
 
     Returns:
       (K, 3, 4 * grid, 4 * grid) float32.
     """
     grid = shape.grid
-    x = dense(weights["upscale1"], ops.take(image, prompts, axis=0))  # (K, L, 4 * C/4)
+    embeddings, scale, token_weights, rows = (
+        ops.take(part, prompts, axis=0) for part in (embeddings, scale, token_weights, rows)
+    )
+    kernel = weights["upscale1"]["kernel"]
+    constant = dense(weights["upscale1"], ops.cast(weights["layers"][-1]["norm4"]["beta"], kernel.dtype))
+    shared = ops.matmul(context[-1]["base"], kernel)
+    own = ops.matmul(ops.transpose(token_weights, (0, 2, 1)), ops.matmul(rows, kernel))
+    x = shared * ops.cast(scale, kernel.dtype)[:, :, None] + own + constant  # (K, L, 4 * C/4)
     count, pixels, width = x.shape
     x = gelu(layer_norm(weights["upscale_norm"], ops.reshape(x, (count, pixels * 4, width // 4))))
     x = gelu(dense(weights["upscale2"], x))  # (K, L * 4, 4 * C/8)
     x = ops.reshape(x, (count, pixels * 16, -1))
-    logits = ops.matmul(ops.take(embeddings, prompts, axis=0), ops.transpose(x, (0, 2, 1)))
+    logits = ops.matmul(embeddings, ops.transpose(x, (0, 2, 1)))
     logits = ops.reshape(logits, (count, -1, grid, grid, 2, 2, 2, 2))  # y, x, then (dy, dx) of each upscaling
     logits = ops.transpose(logits, (0, 1, 2, 4, 6, 3, 5, 7))
     return ops.cast(ops.reshape(logits, (count, -1, 4 * grid, 4 * grid)), "float32")
@@ -249,54 +342,31 @@ def _self_attention(weights: Weights, queries: Any, values: Any, heads: int) -> 
     return dense(weights["out"], _join_heads(ops.matmul(scores, v)))
 
 
-def _first_to_image(weights: Weights, queries: Any, keys: Any, values: Any, heads: int) -> Any:
-    """Token-to-image attention on the image's own keys and values (heads, L, d): one product a head for all prompts."""
-    q = _scaled_heads(weights["query"], queries, heads)
-    count, _, tokens, depth = q.shape
-    q = ops.reshape(ops.transpose(q, (1, 0, 2, 3)), (heads, count * tokens, depth))
-    scores = softmax(ops.matmul(q, ops.transpose(keys, (0, 2, 1))), axis=-1)
-    attended = ops.reshape(ops.matmul(scores, values), (heads, count, tokens, depth))
-    return dense(weights["out"], _join_heads(ops.transpose(attended, (1, 0, 2, 3))))
-
-
-def _to_image(weights: Weights, queries: Any, with_position: Any, image: Any, heads: int) -> Any:
-    """Token-to-image attention on a prompt's own image tokens (N, L, C). The keys' bias drops out of the softmax."""
+def _to_image(weights: Weights, queries: Any, image: _ImageTokens, heads: int) -> Any:
+    """Token-to-image attention. The keys' bias drops out of the softmax."""
     q = _scaled_heads(weights["query"], queries, heads)
     count, _, tokens, depth = q.shape
     q = ops.reshape(ops.matmul(q, _input_side(weights["key"], heads)[None]), (count, heads * tokens, -1))
-    scores = softmax(ops.matmul(q, ops.transpose(with_position, (0, 2, 1))), axis=-1)
-    gathered = ops.reshape(ops.matmul(scores, image), (count, heads, tokens, -1))
+    gathered = image.sum(softmax(image.dot(q), axis=-1))
+    gathered = ops.reshape(gathered, (count, heads, tokens, -1))
     attended = ops.matmul(gathered, ops.transpose(_input_side(weights["value"], heads), (0, 2, 1))[None])
     attended = attended + ops.reshape(weights["value"]["bias"], (1, heads, 1, depth))
     return dense(weights["out"], _join_heads(attended))
 
 
-def _first_to_token(weights: Weights, queries: Any, keys: Any, values: Any, heads: int) -> Any:
-    """Image-to-token attention with the image's own queries (heads, L, d) -> (N, L, C)."""
-    k = _scaled_heads(weights["key"], keys, heads)
-    v = _split_heads(dense(weights["value"], values), heads)
-    # Scores are (N, heads, T, L), so that the softmax over the tokens runs along contiguous image positions.
-    scores = softmax(ops.einsum("nhtd,hld->nhtl", k, queries), axis=2)
-    return _token_update(weights, scores, v)
+def _to_token(weights: Weights, image: _ImageTokens, keys: Any, values: Any, heads: int) -> tuple[Any, Any]:
+    """Image-to-token attention as what it adds to the image tokens: shares (N, H * T, L) of rows (N, H * T, C).
 
-
-def _to_token(weights: Weights, with_position: Any, keys: Any, values: Any, heads: int) -> Any:
-    """Image-to-token attention with a prompt's own image tokens as queries."""
+    The output projection's bias is not in it.
+    """
     k = _scaled_heads(weights["key"], keys, heads)
     v = _split_heads(dense(weights["value"], values), heads)
     count, _, tokens, depth = k.shape
     projected = ops.reshape(ops.matmul(k, _input_side(weights["query"], heads)[None]), (count, heads * tokens, -1))
     bias = ops.sum(k * ops.reshape(weights["query"]["bias"], (1, heads, 1, depth)), axis=-1, keepdims=True)
-    scores = ops.matmul(projected, ops.transpose(with_position, (0, 2, 1)))
-    scores = softmax(ops.reshape(scores, (count, heads, tokens, -1)) + bias, axis=2)
-    return _token_update(weights, scores, v)
-
-
-def _token_update(weights: Weights, scores: Any, values: Any) -> Any:
-    """Output of image-to-token attention: scores (N, heads, T, L), values (N, heads, T, d) -> (N, L, C)."""
-    count, heads, tokens, positions = scores.shape
+    # Scores are (N, heads, T, L), so that the softmax over the tokens runs along contiguous image positions.
+    scores = ops.reshape(image.dot(projected), (count, heads, tokens, -1)) + bias
+    shares = ops.reshape(softmax(scores, axis=2), (count, heads * tokens, -1))
     out = weights["out"]["kernel"]
-    out = ops.reshape(out, (heads, -1, out.shape[-1]))
-    through = ops.reshape(ops.matmul(values, out[None]), (count, heads * tokens, -1))
-    scores = ops.transpose(ops.reshape(scores, (count, heads * tokens, positions)), (0, 2, 1))
-    return ops.matmul(scores, through) + weights["out"]["bias"]
+    rows = ops.matmul(v, ops.reshape(out, (heads, -1, out.shape[-1]))[None])
+    return shares, ops.reshape(rows, (count, heads * tokens, -1))

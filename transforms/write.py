@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import re
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -50,6 +53,13 @@ class OutputConfig:
     max_failed_fraction: float = 0.5
 
     def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("output is empty; expected a directory.")
+        if FileSystems.get_scheme(self.output) is not None and escape_glob(self.output) != self.output:
+            raise ValueError(
+                f"output is {self.output}, but only local directories may have *, ? or [ in their names: other file "
+                "systems would take it for a pattern when files are deleted. Choose another directory."
+            )
         if not 0 <= self.max_failed_fraction <= 1:
             raise ValueError(f"max_failed_fraction must be between 0 and 1, got {self.max_failed_fraction}")
 
@@ -111,14 +121,19 @@ def _make_dirs(path: str) -> None:
         FileSystems.mkdirs(path)
 
 
+def list_tree(path: str) -> list[str]:
+    """The files below a directory, on any file system."""
+    pattern = FileSystems.join(escape_glob(path), "**")
+    return [file.path for match in FileSystems.match([pattern]) for file in match.metadata_list]
+
+
 def delete_tree(path: str) -> None:
     """Deletes everything below a directory, on any file system; nothing if there is nothing."""
-    files = [
-        file.path
-        for match in FileSystems.match([FileSystems.join(escape_glob(path), "**")])
-        for file in match.metadata_list
-    ]
-    if files:
+    if FileSystems.get_scheme(path) is None:
+        if os.path.exists(path):  # Beam would take the names for patterns
+            shutil.rmtree(path)
+        return
+    if files := list_tree(path):
         FileSystems.delete(files)
     if FileSystems.exists(path):  # where directories are more than a prefix
         FileSystems.delete([path])
@@ -126,7 +141,8 @@ def delete_tree(path: str) -> None:
 
 def escape_glob(path: str) -> str:
     """Makes a path match itself in Beam's patterns, which have no quoting but character classes."""
-    return "".join(f"[{char}]" if char in "[*?" else char for char in path)
+    # A backslash before the bracket: Python's re warns of a class that begins with one.
+    return re.sub(r"[*?[]", lambda found: r"[\[]" if found[0] == "[" else f"[{found[0]}]", path)
 
 
 class WriteParquet(beam.PTransform):

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from pycocotools import mask as coco_mask
+
+from transforms import rle
+from transforms.rle import Runs, bits_to_runs, join_runs, runs_to_counts
+
+ZEROS, ONES = np.zeros((5, 7), bool), np.ones((5, 7), bool)
+masks = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=9))
+
+
+def mask_to_runs(mask: np.ndarray) -> Runs:
+    return bits_to_runs(mask.T, (0, 0), mask.shape)
+
+
+def coco_counts(mask: np.ndarray) -> str:
+    return coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+
+
+@settings(deadline=None)
+@given(masks)
+@example(ZEROS)
+@example(ONES)
+def test_counts_are_those_of_pycocotools(mask: np.ndarray) -> None:
+    assert runs_to_counts(mask_to_runs(mask)) == coco_counts(mask)
+
+
+@settings(deadline=None)
+@given(masks)
+@example(ZEROS)
+@example(ONES)
+def test_mask_survives_the_round_trip(mask: np.ndarray) -> None:
+    np.testing.assert_array_equal(rle.counts_to_mask(runs_to_counts(mask_to_runs(mask)), mask.shape), mask)
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ([[0, 1], [0, 1]], [2, 2]),
+        ([[1, 0], [1, 0]], [0, 2, 2]),  # zeros first, even if there are none
+        ([[0, 0], [0, 0]], [4]),
+        ([[1, 1], [1, 1]], [0, 4]),
+        ([[0, 1, 1], [1, 1, 0]], [1, 4, 1]),  # runs go on from the foot of a column to the head of the next
+        ([[0, 0, 1, 1, 1, 0, 1]], [2, 3, 1, 1]),
+    ],
+)
+def test_counts_of_masks_by_hand(mask: list[list[int]], expected: list[int]) -> None:
+    height, width = len(mask), len(mask[0])
+    compressed = coco_mask.frPyObjects({"size": [height, width], "counts": expected}, height, width)["counts"]
+    assert runs_to_counts(mask_to_runs(np.array(mask, bool))) == compressed.decode()
+
+
+@settings(deadline=None)
+@given(masks)
+def test_runs_are_ascending_and_apart(mask: np.ndarray) -> None:
+    runs = mask_to_runs(mask)
+    bounds = np.stack([runs.starts, runs.ends], axis=1).ravel()
+    assert (np.diff(bounds) > 0).all()
+    assert runs.area == mask.sum()
+
+
+@settings(deadline=None)
+@given(masks, st.tuples(*[st.integers(0, 4)] * 4))
+@example(ONES, (0, 0, 0, 0))
+@example(ONES, (0, 2, 0, 3))
+def test_window_of_a_mask(window: np.ndarray, margins: tuple[int, int, int, int]) -> None:
+    top, bottom, left, right = margins
+    mask = np.pad(window, ((top, bottom), (left, right)))
+    assert runs_to_counts(bits_to_runs(window.T, (left, top), mask.shape)) == coco_counts(mask)
+
+
+@settings(deadline=None)
+@given(masks, st.sets(st.integers(1, 8)))
+@example(ONES, {2, 3})
+@example(ZEROS, {2})
+def test_strips_joined_are_the_whole(mask: np.ndarray, cuts: set[int]) -> None:
+    edges = [0, *sorted(cut for cut in cuts if cut < mask.shape[1]), mask.shape[1]]
+    strips = [bits_to_runs(mask[:, x0:x1].T, (x0, 0), mask.shape) for x0, x1 in pairwise(edges)]
+    actual, expected = join_runs(strips, mask.shape), mask_to_runs(mask)
+    np.testing.assert_array_equal(actual.starts, expected.starts)
+    np.testing.assert_array_equal(actual.ends, expected.ends)
+
+
+def test_no_parts_join_to_an_empty_mask() -> None:
+    assert runs_to_counts(join_runs([], (5, 7))) == coco_counts(ZEROS)
+
+
+@settings(deadline=None)
+@given(masks)
+@example(ZEROS)
+@example(ONES)
+def test_area_and_bbox(mask: np.ndarray) -> None:
+    ys, xs = np.nonzero(mask)
+    bbox = (xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1) if len(xs) else (0, 0, 0, 0)
+    assert rle.area_and_bbox_xywh(coco_counts(mask), mask.shape) == (mask.sum(), bbox)
+
+
+def test_bbox_is_in_the_convention_of_coco() -> None:
+    """The reference calls the sides of this box 5 and 2."""
+    mask = np.zeros((10, 12), bool)
+    mask[2:5, 3:9] = True
+    assert rle.area_and_bbox_xywh(coco_counts(mask), mask.shape) == (18, (3.0, 2.0, 6.0, 3.0))
+
+
+def test_large_image() -> None:
+    size_hw = (10_000, 20_000)
+    counts = runs_to_counts(Runs(size_hw, np.array([10_000]), np.array([199_990_000])))
+    assert rle.area_and_bbox_xywh(counts, size_hw) == (199_980_000, (1, 0, 19_998, 10_000))
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ([], []),
+        ([[[1, 1], [0, 0]]], [1.0]),
+        ([[[0, 0], [1, 1]], [[1, 0], [0, 0]], [[1, 1], [1, 0]], [[0, 0], [0, 0]]], [0, 1 / 2, 2 / 3, 0]),
+    ],
+    ids=["none", "itself", "some"],
+)
+def test_iou(others: list[list[list[int]]], expected: list[float]) -> None:
+    one = coco_counts(np.array([[1, 1], [0, 0]]))
+    rest = [coco_counts(np.array(other)) for other in others]
+    np.testing.assert_allclose(rle.iou(one, rest, (2, 2)), expected, rtol=1e-15)
+
+
+def test_iou_of_empty_masks_is_zero() -> None:
+    assert rle.iou(coco_counts(ZEROS), [coco_counts(ZEROS)], ZEROS.shape).tolist() == [0]
