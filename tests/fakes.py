@@ -48,3 +48,44 @@ class FakeSam:
 def load_fake(config: ModelConfig) -> Any:
     """In place of transforms.segment.load_model."""
     return FakeSam()
+
+
+class StoredSam:
+    """Answers with stored logits and predicted IoU, crop by crop: everything but the network is under test."""
+
+    def __init__(self, stored: dict[str, np.ndarray], frame_size: int) -> None:
+        """
+        Args:
+          stored: low_res_logits_<crop> (P, 3, low, low) and iou_predictions_<crop> (P, 3), as in tests/golden.
+        """
+        self._stored = stored
+        self._crops = 0
+        self._prompts = 0
+        self.frame_size = frame_size
+        self.low_size = stored["low_res_logits_0"].shape[-1]
+
+    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> int:
+        self._crops += 1
+        self._prompts = 0
+        return self._crops - 1
+
+    def score(self, context: int, points_xy: np.ndarray, points_per_batch: int) -> StoredScored:
+        batch = slice(self._prompts, self._prompts + len(points_xy))
+        self._prompts = batch.stop
+        return StoredScored(
+            self._stored[f"low_res_logits_{context}"][batch], self._stored[f"iou_predictions_{context}"][batch]
+        )
+
+    def low_res_logits(self, scored: StoredScored, prompts: np.ndarray) -> np.ndarray:
+        return scored.logits[prompts]
+
+
+@dataclass(frozen=True)
+class StoredScored:
+    """What StoredSam gives for a batch."""
+
+    logits: np.ndarray
+    iou: np.ndarray
+
+    def predicted_iou(self) -> np.ndarray:
+        return self.iou

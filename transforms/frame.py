@@ -1,7 +1,7 @@
 """Original image <-> model frame: resize, pad, coordinates, and the way back for the mask logits.
 
 SAM sees a square frame: the image resized so that its longest side fits, padded right and bottom. Its mask decoder
-answers with logits over the whole frame at a quarter of... whatever resolution the model has ("low-res"). The reference
+answers with logits over the whole frame at its own, lower resolution ("low-res"). The reference
 (segment_anything/modeling/sam.py, postprocess_masks, commit dca509f) brings them back with two bilinear steps over
 every mask: low-res -> frame, cut off the padding, frame -> image. Both steps are linear and separable, so here they are
 composed into one matrix an axis, with at most four entries a row, and applied only to the window where a mask can be.

@@ -111,7 +111,9 @@ def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> Chunk
 
 def _write_file(path: str, table: pa.Table) -> None:
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
+        if table.num_rows:  # Hugging Face datasets fails on an empty row group, but not on none
+            writer.write_table(table)
     with FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
         file.write(buffer.getbuffer())
 
