@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +131,19 @@ def test_unknown_model_says_what_was_expected() -> None:
 def test_unknown_dtype_is_an_error() -> None:
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got int8"):
         load_sam(str(PRESET), "int8")
+
+
+def test_jax_programs_are_kept_for_the_next_process(tmp_path: Path) -> None:
+    program = f"""
+import numpy as np
+from transforms.sam import load_sam
+load_sam({str(PRESET)!r}).embed(np.zeros((128, 128, 3), np.uint8), (128, 128))
+"""
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "HOME": str(tmp_path)}
+    cache = tmp_path / ".cache" / "maskbeam" / "jax"
+    written = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True)
+        written.append({path.name for path in cache.glob("*-cache")})
+    assert written[0]
+    assert written[1] == written[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -66,6 +67,9 @@ def compile_for_backend(function: Callable[..., Any]) -> Callable[..., Any]:
     if backend == "jax":
         import jax
 
+        if jax.config.jax_compilation_cache_dir is None:  # the next process need not compile again
+            jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "maskbeam" / "jax"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         return jax.jit(function)
     raise ValueError(f"KERAS_BACKEND must be tensorflow or jax, got {backend}")
 
@@ -77,7 +81,7 @@ class ScoredPrompts:
     Attributes:
       count: prompts in the batch; the rows after them are padding.
       iou: (points_per_batch, 3) tensor.
-      parts: what upscale_masks needs, the image's context first.
+      parts: what upscale_masks needs of the image and of the prompts.
     """
 
     count: int
@@ -121,7 +125,7 @@ class Sam:
         points = np.zeros((points_per_batch, 2))
         points[: len(points_xy)] = (points_xy + 0.5) / self.frame_size
         iou, *parts = self._predict_iou(self._decoder_weights, context, points.astype(np.float32))
-        return ScoredPrompts(len(points_xy), iou, (context, *parts))
+        return ScoredPrompts(len(points_xy), iou, (context[-1]["base"], *parts))
 
     def low_res_logits(self, scored: ScoredPrompts, prompts: np.ndarray) -> np.ndarray:
         """See transforms.amg.Sam."""
@@ -131,7 +135,7 @@ class Sam:
             rows = np.zeros(_UPSCALE_BATCH, np.int32)
             part = prompts[first : first + _UPSCALE_BATCH]
             rows[: len(part)] = part
-            pending.append(self._upscale_masks(self._decoder_weights, *scored.parts, rows))
+            pending.append(self._upscale_masks(self._decoder_weights["upscaling"], *scored.parts, rows))
         for first, part in zip(range(0, len(prompts), _UPSCALE_BATCH), pending, strict=True):
             rows_left = len(prompts) - first
             logits[first : first + _UPSCALE_BATCH] = ops.convert_to_numpy(part)[:rows_left]

@@ -1,7 +1,7 @@
 """SAM's prompt encoder and mask decoder (KerasHub SAMPromptEncoder, SAMMaskDecoder) over their weights.
 
-The decoder gives every prompt image tokens of its own: L = 4096 of C = 256 channels, read and written some twenty times.
-They never exist here. All prompts start from the same image tokens, and each layer adds an attention over only
+The decoder gives every prompt image tokens of its own, L = 4096 of C = 256 channels, and goes over them some twenty
+times. They never exist here. All prompts start from the same image tokens, and each layer adds an attention over only
 T = 7 prompt tokens in H = 8 heads, so a prompt's image tokens stay a sum of few terms, exactly up to rounding:
 
     tokens[l] = scale[l] * base[l] + sum_r weights[r, l] * rows[r] + constant
@@ -86,9 +86,11 @@ def read_decoder(prompt_encoder: Any, decoder: Any) -> tuple[DecoderShape, Weigh
         "iou_head": mlp_weights(decoder.iou_prediction_head.mlp_block),
         # Mask token 0 is SAM's single-mask answer, which automatic mask generation never reads.
         "hypernetworks": [mlp_weights(network.mlp_block) for network in decoder.output_hypernetworks_mlps[1:]],
-        "upscale1": _read_upscaling(upscaling[0]),
-        "upscale_norm": norm_weights(upscaling[1]),
-        "upscale2": _read_upscaling(upscaling[3]),
+        "upscaling": {
+            "first": _read_upscaling(upscaling[0], transformer.layers[-1].layer_norm4),
+            "norm": norm_weights(upscaling[1]),
+            "second": _read_upscaling(upscaling[3]),
+        },
     }
     return DecoderShape(grid, decoder.num_heads), weights
 
@@ -102,11 +104,17 @@ def _read_attention(layer: Any) -> Weights:
     }
 
 
-def _read_upscaling(layer: Any) -> Weights:
-    """A transposed convolution of kernel 2, stride 2 as a matrix (in, 2 * 2 * out): pixels do not overlap."""
+def _read_upscaling(layer: Any, norm_before: Any = None) -> Weights:
+    """A transposed convolution of kernel 2, stride 2 as a matrix (in, 2 * 2 * out): pixels do not overlap.
+
+    The constant that a LayerNormalization before it adds goes into the bias.
+    """
     kernel = np.asarray(ops.convert_to_numpy(layer.kernel))  # (2, 2, out, in)
-    bias = np.asarray(ops.convert_to_numpy(layer.bias))
-    return {"kernel": kernel.transpose(3, 0, 1, 2).reshape(kernel.shape[3], -1), "bias": np.tile(bias, 4)}
+    kernel = kernel.transpose(3, 0, 1, 2).reshape(kernel.shape[3], -1)
+    bias = np.tile(np.asarray(ops.convert_to_numpy(layer.bias)), 4)
+    if norm_before is not None:
+        bias = bias + np.asarray(ops.convert_to_numpy(norm_before.beta)) @ kernel
+    return {"kernel": kernel, "bias": bias}
 
 
 def embed_context(weights: Weights, shape: DecoderShape, embedding: Any) -> list[Weights]:
@@ -249,7 +257,7 @@ def predict_iou(weights: Weights, shape: DecoderShape, context: list[Weights], p
 def upscale_masks(
     weights: Weights,
     shape: DecoderShape,
-    context: list[Weights],
+    base: Any,
     embeddings: Any,
     scale: Any,
     token_weights: Any,
@@ -263,7 +271,8 @@ def upscale_masks(
     tokens, so that these are not needed here either.
 
     Args:
-      context: of embed_context.
+      weights: those under "upscaling" alone, since every argument costs time in every call.
+      base: (L, C) of the last element of embed_context.
       embeddings, scale, token_weights, rows: of predict_iou.
       prompts: (K,) int32 rows of the batch.
 
@@ -274,14 +283,13 @@ def upscale_masks(
     embeddings, scale, token_weights, rows = (
         ops.take(part, prompts, axis=0) for part in (embeddings, scale, token_weights, rows)
     )
-    kernel = weights["upscale1"]["kernel"]
-    constant = dense(weights["upscale1"], ops.cast(weights["layers"][-1]["norm4"]["beta"], kernel.dtype))
-    shared = ops.matmul(context[-1]["base"], kernel)
+    kernel = weights["first"]["kernel"]
+    shared = ops.matmul(base, kernel)
     own = ops.matmul(ops.transpose(token_weights, (0, 2, 1)), ops.matmul(rows, kernel))
-    x = shared * ops.cast(scale, kernel.dtype)[:, :, None] + own + constant  # (K, L, 4 * C/4)
+    x = shared * ops.cast(scale, kernel.dtype)[:, :, None] + own + weights["first"]["bias"]  # (K, L, 4 * C/4)
     count, pixels, width = x.shape
-    x = gelu(layer_norm(weights["upscale_norm"], ops.reshape(x, (count, pixels * 4, width // 4))))
-    x = gelu(dense(weights["upscale2"], x))  # (K, L * 4, 4 * C/8)
+    x = gelu(layer_norm(weights["norm"], ops.reshape(x, (count, pixels * 4, width // 4))))
+    x = gelu(dense(weights["second"], x))  # (K, L * 4, 4 * C/8)
     x = ops.reshape(x, (count, pixels * 16, -1))
     logits = ops.matmul(embeddings, ops.transpose(x, (0, 2, 1)))
     logits = ops.reshape(logits, (count, -1, grid, grid, 2, 2, 2, 2))  # y, x, then (dy, dx) of each upscaling
