@@ -22,6 +22,8 @@ from typing import Any, NoReturn
 import apache_beam as beam
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.portability import python_urns
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from pipeline.graph import Job, build
 from pipeline.identity import claim_output, default_backend, describe_run
@@ -29,7 +31,7 @@ from pipeline.options import UsageError, runs_locally
 from pipeline.progress import Progress
 from transforms.match import Matched, check_output, match_shards
 from transforms.records import Totals
-from transforms.resume import InputChanged, committed_chunks, read_report
+from transforms.resume import InputChanged, committed_chunks, count_orphans, read_report
 from transforms.segment import LoadSam, ModelBroken, load_model, use_backend
 from transforms.summary import SUMMARY_FILE, read_json
 from transforms.write import TooManyFailures
@@ -74,6 +76,8 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) ->
         {k: v for k, v in read_json(FileSystems.join(job.output.output, SUMMARY_FILE)).items() if k != "versions"}
     )
     print(summary(totals, outcome, matched.ignored, job.output.output))
+    if orphans := count_orphans(committed_chunks(job.output.output), matched.shards):
+        print(f"{orphans} chunks in {job.output.output} are of inputs that are not there any more; their rows stay")
     return EXIT_DONE
 
 
@@ -96,6 +100,17 @@ def _run_remotely(job: Job, options: PipelineOptions, run: dict[str, Any], load:
     return _Outcome(None)
 
 
+class _LocalRunner(FnApiRunner):
+    """Runs worker processes so that they leave Ctrl-C to this one."""
+
+    def run_via_runner_api(self, pipeline_proto: Any, options: PipelineOptions) -> Any:
+        for environment in pipeline_proto.components.environments.values():
+            if environment.urn == python_urns.SUBPROCESS_SDK:
+                # The payload is a shell's command line. Without exec the shell would stay, and tell who was killed.
+                environment.payload = b"trap '' INT; exec " + environment.payload
+        return super().run_via_runner_api(pipeline_proto, options)
+
+
 def _run_here(job: Job, options: PipelineOptions, run: dict[str, Any], matched: Matched, load: LoadSam) -> _Outcome:
     """Runs the pipeline in a thread and looks after it from this one."""
     progress_dir = Path(tempfile.mkdtemp(prefix="maskbeam-progress-"))
@@ -105,9 +120,7 @@ def _run_here(job: Job, options: PipelineOptions, run: dict[str, Any], matched: 
 
     def work() -> None:
         try:
-            # Worker processes inherit the mask: Ctrl-C reaches the main thread of this process and nobody else.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            pipeline = beam.Pipeline(options=options)
+            pipeline = beam.Pipeline(_LocalRunner(), options=options)
             build(pipeline, job, run, load, str(progress_dir))
             pipeline.run().wait_until_finish()
         except BaseException as error:

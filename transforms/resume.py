@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import apache_beam as beam
 import pyarrow.parquet as pq
@@ -33,6 +33,17 @@ def committed_chunks(output: str) -> dict[str, list[int]]:
 def _file_names(output: str, directory: str) -> set[str]:
     pattern = FileSystems.join(escape_glob(output), directory, "*.parquet")
     return {FileSystems.split(file.path)[1] for match in FileSystems.match([pattern]) for file in match.metadata_list}
+
+
+def count_orphans(committed: dict[str, list[int]], shards: Collection[Shard]) -> int:
+    """How many committed chunks are of inputs that are no longer there; their rows stay, and no summary counts them."""
+    loose = {(shard.name, shard.first_chunk) for shard in shards if shard.format == "image"}
+    containers = {shard.name for shard in shards if shard.format != "image"}
+    return sum(
+        name not in containers and (name, index) not in loose
+        for name, indices in committed.items()
+        for index in indices
+    )
 
 
 def read_report(output: str, shard: str, index: int) -> ChunkReport:

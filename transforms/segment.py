@@ -351,8 +351,7 @@ def use_backend(backend: str) -> None:
 
 
 def open_progress(progress_dir: str | None) -> int | None:
-    """The process's own progress file, named <its id>.<its parent's id>: one PROGRESS_RECORD an image."""
+    """The process's own progress file, named by its id: one PROGRESS_RECORD an image."""
     if progress_dir is None:
         return None
-    name = f"{os.getpid()}.{os.getppid()}"
-    return os.open(os.path.join(progress_dir, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    return os.open(os.path.join(progress_dir, str(os.getpid())), os.O_WRONLY | os.O_CREAT | os.O_APPEND)

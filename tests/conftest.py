@@ -1,0 +1,87 @@
+"""Small runs: photos of a few pixels, labeled by FakeSam, and the rows that come of it."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before anything imports what these are for.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline.options import parse_label
+from pipeline.run import run_label
+from tests.fakes import load_fake
+from transforms.segment import LoadSam
+
+# A small grid, and thresholds that some of FakeSam's masks pass and some do not.
+SMALL_GRID = ["--points_per_side", "4", "--pred_iou_thresh", "0.75", "--stability_score_thresh", "0.85"]
+
+
+def photo_bytes(number: int, size_wh: tuple[int, int] = (64, 48), format_name: str = "PNG", **options: Any) -> bytes:
+    """A picture of coloured blotches, another one for each number. At 64 x 48 it goes into FakeSam's frame as it is.
+
+    Its first pixel is (number, number, number).
+    """
+    noise = np.random.default_rng(number).integers(0, 256, (6, 8, 3), np.uint8)
+    pixels = np.array(Image.fromarray(noise).resize(size_wh, Image.Resampling.BILINEAR))
+    pixels[0, 0] = number
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format_name, **options)
+    return buffer.getvalue()
+
+
+def write_photos(directory: Path, count: int, first: int = 0) -> Path:
+    """photo_bytes(first...) as first.png...; returns the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for number in range(first, first + count):
+        (directory / f"{number}.png").write_bytes(photo_bytes(number))
+    return directory
+
+
+def label(*flags: str | Path, load: LoadSam = load_fake) -> int:
+    """`maskbeam label` with a fake model on a small grid; returns the exit code."""
+    job, options = parse_label([*SMALL_GRID, *map(str, flags)])
+    return run_label(job, options, load)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """All rows of a run, in the order of their ids, without `seconds`."""
+
+    images: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
+
+
+def read_labels(output: Path) -> Labels:
+    images, annotations = (
+        [row for file in sorted((output / name).glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+        for name in ("images", "annotations")
+    )
+    for row in images:
+        del row["seconds"]
+    return Labels(
+        sorted(images, key=lambda row: row["image_id"]),
+        sorted(annotations, key=lambda row: (row["image_id"], row["mask_index"])),
+    )
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A directory of six photos."""
+    return write_photos(tmp_path / "photos", 6)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Where labels go."""
+    return tmp_path / "labels"

@@ -1,0 +1,129 @@
+"""The progress of a local run, from records that processes are pretended to have written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import progress as progress_module
+from pipeline.progress import Progress
+from transforms.segment import PROGRESS_RECORD
+
+
+class Clock:
+    """In place of the module time."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress_module, "time", clock)
+    return clock
+
+
+def record(directory: Path, process: int, *sizes: int) -> None:
+    """As a worker process does after each image."""
+    with (directory / str(process)).open("ab") as file:
+        for size in sizes:
+            file.write(PROGRESS_RECORD.pack(size))
+
+
+def make_progress(directory: Path, **arguments: Any) -> Progress:
+    return Progress(
+        directory, **{"total_images": None, "total_bytes": 1000, "done_images": 0, "done_bytes": 0, **arguments}
+    )
+
+
+def test_images_of_all_processes_are_counted_once(tmp_path: Path) -> None:
+    progress = make_progress(tmp_path)
+    record(tmp_path, 11, 10)
+    progress.update()
+    assert progress.images == 1
+    record(tmp_path, 11, 20)
+    record(tmp_path, 12, 30, 40)
+    for _ in range(2):
+        progress.update()
+        assert progress.images == 4
+    assert sorted(progress.processes) == [11, 12]
+
+
+def test_half_a_record_is_counted_when_it_is_whole(tmp_path: Path) -> None:
+    progress = make_progress(tmp_path)
+    whole = PROGRESS_RECORD.pack(100)
+    for part, images in ((whole[:3], 0), (whole[3:], 1)):
+        with (tmp_path / "11").open("ab") as file:
+            file.write(part)
+        progress.update()
+        assert progress.images == images
+    assert progress.estimate_total() == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes", "total"),
+    [
+        ({}, [], None),  # nothing is known before the first image
+        ({}, [100], 10),
+        ({}, [100, 300], 5),  # 200 bytes an image
+        ({}, [900, 900], 2),  # never fewer than there are
+        ({"done_images": 6, "done_bytes": 600}, [], 10),  # what earlier starts did counts, too
+        ({"done_images": 1, "done_bytes": 100}, [300], 5),
+        ({"total_images": 7}, [100], 7),
+    ],
+)
+def test_the_total_is_exact_or_estimated_from_the_bytes_so_far(
+    tmp_path: Path, arguments: dict[str, int], sizes: list[int], total: int | None
+) -> None:
+    progress = make_progress(tmp_path, **arguments)
+    record(tmp_path, 11, *sizes)
+    progress.update()
+    assert progress.estimate_total() == total
+
+
+@pytest.mark.parametrize(
+    ("arguments", "num_images", "line"),
+    [
+        ({}, 0, "0/~? images, 0.00 images/s"),
+        ({}, 2, "2/~10 images, 0.20 images/s, 00:40 left"),
+        ({"total_images": 4}, 2, "2/4 images, 0.20 images/s, 00:10 left"),
+        # A resume starts from what is done; only what this start did makes its speed.
+        ({"total_images": 8, "done_images": 4, "done_bytes": 400}, 2, "6/8 images, 0.20 images/s, 00:10 left"),
+        ({"total_images": 8, "done_images": 4, "done_bytes": 400}, 0, "4/8 images, 0.00 images/s"),
+    ],
+)
+def test_a_line_tells_images_speed_and_time_left(
+    tmp_path: Path, clock: Clock, arguments: dict[str, int], num_images: int, line: str
+) -> None:
+    progress = make_progress(tmp_path, **arguments)
+    record(tmp_path, 11, *[100] * num_images)
+    progress.update()
+    clock.now = 10.0
+    assert progress.line() == line
+
+
+def test_without_a_terminal_a_line_is_printed_now_and_then(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = make_progress(tmp_path, total_images=3)
+    for _ in range(100):
+        clock.now += 0.25
+        progress.update()
+    progress.close()
+    assert re.findall(r"(\d)/3 images", capsys.readouterr().err) == ["0", "0"]  # at 10 and 20 of 25 seconds
+
+
+def test_on_a_terminal_there_is_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    progress = make_progress(tmp_path, total_images=8, done_images=4, done_bytes=400)
+    record(tmp_path, 11, 100, 100)
+    progress.close()
+    assert "6/8" in capsys.readouterr().err

@@ -1,0 +1,277 @@
+"""GenerateMasks: order, failures that cost only themselves, a broken model, progress. Masks are tested in test_amg."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pytest
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.testing import test_pipeline
+from apache_beam.testing.util import assert_that, equal_to
+from PIL import Image
+
+from pipeline.identity import default_backend
+from tests.conftest import photo_bytes
+from tests.fakes import FakeSam, FakeScored
+from transforms.amg import AmgConfig
+from transforms.images import ImageConfig
+from transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Shard
+from transforms.segment import GenerateMasks, ModelBroken, ModelConfig, ModelHealth, label_chunk
+
+AMG = AmgConfig(points_per_side=4, pred_iou_thresh=0.75, stability_score_thresh=0.85)
+SHARD = Shard("s.tar", "/s.tar", "tar", ())
+
+
+def encoded(number: int, data: bytes | None = None, failure: Failure | None = None) -> EncodedImage:
+    data = photo_bytes(number) if data is None else data
+    return EncodedImage(f"s.tar#{number}", number, f"key{number}", None, data, failure)
+
+
+def chunk_of(*images: EncodedImage, index: int = 0) -> Chunk:
+    return Chunk(SHARD, index, images, final=True, digest="d")
+
+
+def photos_chunk(count: int) -> Chunk:
+    return chunk_of(*map(encoded, range(count)))
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+Label = Callable[..., LabeledChunk]
+
+
+@pytest.fixture
+def label(threads: ThreadPoolExecutor) -> Label:
+    def label(chunk: Chunk, sam: Any = None, health: ModelHealth | None = None, **arguments: Any) -> LabeledChunk:
+        return label_chunk(sam or FakeSam(), chunk, ImageConfig(), AMG, threads, health or ModelHealth(), **arguments)
+
+    return label
+
+
+class FailsOn(FakeSam):
+    """Raises on the photos with these numbers."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.numbers = numbers
+
+    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> np.ndarray:
+        if frame[0, 0, 0] in self.numbers:
+            raise RuntimeError(f"no luck with {frame[0, 0, 0]}\nand a stack trace")
+        return super().embed(frame, resized_hw)
+
+
+class FailsOnce(FakeSam):
+    """Raises when a method is called for the nth time, and never again."""
+
+    def __init__(self, method: str, call: int) -> None:
+        self.method, self.calls_left = method, call
+
+    def _called(self, method: str) -> None:
+        if method == self.method:
+            self.calls_left -= 1
+            if self.calls_left == 0:
+                raise RuntimeError("once")
+
+    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> np.ndarray:
+        self._called("embed")
+        return super().embed(frame, resized_hw)
+
+    def score(self, context: np.ndarray, points_xy: np.ndarray, points_per_batch: int) -> FakeScored:
+        self._called("score")
+        return super().score(context, points_xy, points_per_batch)
+
+    def low_res_logits(self, scored: FakeScored, prompts: np.ndarray) -> np.ndarray:
+        self._called("low_res_logits")
+        return super().low_res_logits(scored, prompts)
+
+
+def rows(chunk: LabeledChunk) -> list[tuple[Any, ...]]:
+    """What must not depend on retries and threads: everything but the seconds."""
+    return [(image.source, image.sha256, image.masks, image.dropped, image.failure) for image in chunk.images]
+
+
+def outcomes(chunk: LabeledChunk) -> list[str]:
+    """Of each image the status or, if it failed, the stage."""
+    return [image.failure.stage if image.failure else image.status for image in chunk.images]
+
+
+@pytest.mark.parametrize("count", [0, 1, 10])
+def test_images_keep_their_order_and_lose_their_bytes(label: Label, count: int) -> None:
+    labeled = label(photos_chunk(count))
+    assert [image.source.row for image in labeled.images] == list(range(count))
+    assert not any(image.source.data for image in labeled.images)
+
+
+def test_every_candidate_is_a_mask_or_was_dropped_for_a_reason(label: Label) -> None:
+    images = label(photos_chunk(6)).images
+    assert all(image.num_candidates == 4 * 4 * 3 for image in images)
+    assert all(image.num_candidates == len(image.masks) + image.dropped.total() for image in images)
+    assert all(image.masks and image.dropped.stability and image.dropped.box_nms for image in images)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "stage", "reason"),
+    [
+        (encoded(1, b"no image"), "decode", "Expected"),
+        (encoded(1, photo_bytes(1)[:-100]), "decode", "cannot decode this PNG"),
+        (encoded(1, b"", Failure("read", "gone")), "read", "gone"),
+    ],
+    ids=["not an image", "truncated", "read failed"],
+)
+def test_a_bad_image_is_a_failed_one_and_costs_only_itself(
+    label: Label, spoiled: EncodedImage, stage: str, reason: str
+) -> None:
+    good = label(chunk_of(encoded(0), encoded(2), encoded(3)))
+    labeled = label(chunk_of(encoded(0), spoiled, encoded(2), encoded(3)))
+    assert outcomes(labeled) == ["labeled", stage, "labeled", "labeled"]
+    failed = labeled.images[1]
+    assert failed.failure and reason in failed.failure.reason
+    assert (failed.size_hw, failed.masks, failed.num_candidates) == (None, (), 0)
+    assert bool(failed.sha256) == bool(spoiled.data)
+    assert [row for row in rows(labeled) if row[0].row != 1] == rows(good)
+
+
+@pytest.mark.parametrize("method", ["embed", "score", "low_res_logits"])
+@pytest.mark.parametrize("call", [1, 3, 6])
+def test_a_model_that_fails_once_is_tried_again(label: Label, method: str, call: int) -> None:
+    assert rows(label(photos_chunk(6), FailsOnce(method, call))) == rows(label(photos_chunk(6)))
+
+
+@pytest.mark.parametrize("numbers", [(0,), (5,), (0, 2, 4), (0, 1, 4, 5)])
+def test_an_image_the_model_always_fails_on_costs_only_itself(label: Label, numbers: tuple[int, ...]) -> None:
+    labeled = label(photos_chunk(6), FailsOn(*numbers))
+    assert outcomes(labeled) == ["model" if number in numbers else "labeled" for number in range(6)]
+    failed = labeled.images[numbers[0]]
+    assert failed.failure == Failure("model", f"RuntimeError: no luck with {numbers[0]}")
+    assert failed.size_hw == (48, 64)
+    assert [row for row in rows(labeled) if not row[-1]] == [
+        row for row in rows(label(photos_chunk(6))) if row[0].row not in numbers
+    ]
+
+
+def test_an_error_of_the_host_threads_is_the_images_failure(label: Label) -> None:
+    class WrongShape(FakeSam):
+        def low_res_logits(self, scored: FakeScored, prompts: np.ndarray) -> np.ndarray:
+            logits = super().low_res_logits(scored, prompts)
+            return logits if scored.points_xy[0, 0] == 8 else logits[:0]  # 8 = 64 / 4 / 2: not for the narrow image
+
+    narrow = encoded(1, photo_bytes(1, (32, 64)))
+    assert outcomes(label(chunk_of(encoded(0), narrow, encoded(2)), WrongShape())) == ["labeled", "model", "labeled"]
+
+
+def test_three_failures_of_the_model_in_a_row_end_the_run(label: Label) -> None:
+    with pytest.raises(ModelBroken, match=r"3 images in a row.*s\.tar#1: RuntimeError: no luck with 1;.*s\.tar#3"):
+        label(photos_chunk(8), FailsOn(1, 2, 3))
+
+
+def test_images_that_cannot_be_decoded_do_not_count_as_a_success_of_the_model(label: Label) -> None:
+    bad = encoded(9, b"no image")
+    with pytest.raises(ModelBroken):
+        label(chunk_of(encoded(0), encoded(1), bad, encoded(2), bad, encoded(3)), FailsOn(1, 2, 3))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_model_that_never_worked_ends_the_run_however_few_the_images(label: Label, count: int) -> None:
+    with pytest.raises(ModelBroken, match="no luck with 0"):
+        label(photos_chunk(count), FailsOn(0, 1))
+
+
+def test_a_chunk_without_a_good_image_is_no_fault_of_the_model(label: Label) -> None:
+    assert outcomes(label(chunk_of(encoded(0, b"bad"), encoded(1, b"bad")))) == ["decode", "decode"]
+
+
+def test_health_is_carried_from_chunk_to_chunk(label: Label) -> None:
+    health, sam = ModelHealth(), FailsOn(1, 2, 3)
+    label(chunk_of(encoded(0)), sam, health)
+    # One image that fails in a chunk of its own is a bad image, if the model worked before; the third is not.
+    assert outcomes(label(chunk_of(encoded(1)), sam, health)) == ["model"]
+    assert outcomes(label(chunk_of(encoded(2)), sam, health)) == ["model"]
+    with pytest.raises(ModelBroken):
+        label(chunk_of(encoded(3)), sam, health)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_exif_orientation_is_applied_and_recorded(label: Label, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (image,) = label(chunk_of(encoded(0, photo_bytes(0, format_name="JPEG", exif=exif)))).images
+    # 6: the stored rows are the columns of the upright picture.
+    assert (image.exif_orientation, image.size_hw) == (orientation, (48, 64) if orientation == 1 else (64, 48))
+
+
+def test_image_done_is_called_with_each_image_in_order(label: Label) -> None:
+    done: list[LabeledImage] = []
+    chunk = chunk_of(encoded(0), encoded(1, b"bad"), encoded(2))
+    assert tuple(done) == () and label(chunk, image_done=done.append).images == tuple(done)
+
+
+# The transform.
+
+LOADED: list[ModelConfig] = []
+
+
+def counting_load(config: ModelConfig) -> FakeSam:
+    LOADED.append(config)
+    return FakeSam()
+
+
+def generate(*chunks: Chunk, load: Callable[[ModelConfig], Any] = counting_load, **arguments: Any) -> beam.PTransform:
+    arguments = {"backend": default_backend(), **arguments}
+    return beam.Create(chunks) | GenerateMasks(ModelConfig(), ImageConfig(), AMG, load=load, **arguments)
+
+
+def labeled_rows(chunk: LabeledChunk) -> tuple[int, list[tuple[Any, ...]]]:
+    return chunk.index, rows(chunk)
+
+
+CHUNKS = [chunk_of(encoded(number), encoded(number + 1), index=number) for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--direct_running_mode=in_memory"],
+        ["--direct_running_mode=multi_threading", "--direct_num_workers=2"],
+    ],
+    ids=["one worker", "two threads"],
+)
+def test_the_transform_labels_every_chunk_with_one_model_a_process(label: Label, flags: list[str]) -> None:
+    LOADED.clear()
+    with test_pipeline.TestPipeline(runner="FnApiRunner", options=PipelineOptions(flags)) as pipeline:
+        labeled = pipeline | generate(*CHUNKS) | beam.Map(labeled_rows)
+        assert_that(labeled, equal_to([labeled_rows(label(chunk)) for chunk in CHUNKS]))
+    (_,) = LOADED
+
+
+def test_a_worker_with_another_backend_fails_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    LOADED.clear()
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    with (
+        pytest.raises(RuntimeError, match="made for KERAS_BACKEND=jax, but a worker runs torch"),
+        test_pipeline.TestPipeline(runner="FnApiRunner") as pipeline,
+    ):
+        pipeline | generate(CHUNKS[0], backend="jax")
+    assert not LOADED
+
+
+def test_each_image_is_recorded_for_the_progress_bar(tmp_path: Path) -> None:
+    with test_pipeline.TestPipeline(runner="FnApiRunner") as pipeline:
+        pipeline | generate(*CHUNKS, progress_dir=str(tmp_path))
+    (file,) = tmp_path.iterdir()
+    sizes = sorted(len(image.data) for chunk in CHUNKS for image in chunk.images)
+    assert sorted(size for (size,) in struct.iter_unpack("<Q", file.read_bytes())) == sizes
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got int8"):
+        ModelConfig(dtype="int8")
