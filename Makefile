@@ -21,8 +21,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: install  ## label the shipped photos with the embedded model and draw the masks, into demo/
 	$(BIN)/maskbeam demo --output demo
 
-test: $(VENV)/installed-dev  ## run the tests
+test: $(VENV)/installed-dev  ## run the tests, the model's on both backends
 	$(BIN)/python -m pytest -q
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -q tests/test_sam.py tests/test_golden.py
 
 lint: $(VENV)/installed-dev  ## check style and types
 	$(BIN)/ruff check .
