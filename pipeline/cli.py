@@ -9,8 +9,9 @@ import sys
 _USAGE = """usage: maskbeam COMMAND ...
 
 commands:
-  label   label images with SAM, from shards to Parquet
-  demo    label a few photos with the embedded model and draw the masks
+  label    label images with SAM, from shards to Parquet
+  certify  compare the masks of a lower precision with those of float32 on a sample of the images
+  demo     label a few photos with the embedded model and draw the masks
 
 maskbeam COMMAND --help tells the rest.
 """
@@ -29,10 +30,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if command else 2
     _quiet_libraries()
     # Imported late: they bring Beam with them, and --help should not wait for it.
-    from pipeline import demo, label
+    from pipeline import certify, demo, label
     from pipeline.options import UsageError
 
-    commands = {"label": label.main, "demo": demo.main}
+    commands = {"label": label.main, "certify": certify.main, "demo": demo.main}
     if command not in commands:
         print(f"maskbeam: unknown command {command}, expected one of {', '.join(commands)}", file=sys.stderr)
         return 2

@@ -1,7 +1,8 @@
 """Flags <-> dataclasses. The only file that knows argparse and PipelineOptions.
 
-Every field of a config dataclass is a flag of the same name, with the field's type and default; its help is the field's
-line in the class's docstring. So a default has one home, and a new parameter needs no code here.
+What a subcommand was asked to do is a dataclass, its job, whose fields are config dataclasses. Every field of those is
+a flag of the same name, with the field's type and default; its help is the field's line in the class's docstring. So a
+default has one home, and a new parameter needs no code here.
 """
 
 from __future__ import annotations
@@ -14,27 +15,14 @@ import re
 import types
 import typing
 from dataclasses import MISSING, Field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from pipeline.graph import Job
 from transforms.amg import PROFILES, AmgConfig
-from transforms.images import ImageConfig
-from transforms.match import InputConfig
-from transforms.read import ReadConfig
-from transforms.segment import ModelConfig
-from transforms.write import OutputConfig
 
-# In the order in which --help shows them.
-_CONFIGS = {
-    "input": InputConfig,
-    "read": ReadConfig,
-    "images": ImageConfig,
-    "model": ModelConfig,
-    "amg": AmgConfig,
-    "output": OutputConfig,
-}
+# Of a job's fields, over their flags in --help.
 _TITLES = {
     "input": "input",
     "read": "names inside shards",
@@ -42,11 +30,14 @@ _TITLES = {
     "model": "model",
     "amg": "automatic mask generation (names and defaults of SAM's own generator)",
     "output": "output",
+    "certificate": "certificate",
 }
 
 # Beam's "DirectRunner" first tries to download another runner's binary; this one is in the package and runs in process.
 _LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 _LOCAL_RUNNER_NAMES = (None, "DirectRunner", "FnApiRunner")
+
+J = TypeVar("J")
 
 
 class UsageError(ValueError):
@@ -60,31 +51,45 @@ class _Parser(argparse.ArgumentParser):
 
 def label_parser() -> argparse.ArgumentParser:
     """The parser of `maskbeam label`."""
-    parser = _Parser(
-        prog="maskbeam label",
+    return _job_parser(
+        "label",
+        Job,
         description="Labels images with SAM and writes COCO-RLE annotations to Parquet.",
         epilog="Flags that are not listed go to Beam (--runner, --direct_num_workers, --project, ...). Options that "
         "only a job server knows go after --.",
+    )
+
+
+def _job_parser(
+    command: str, job: type, description: str, epilog: str | None = None, without: tuple[str, ...] = ()
+) -> argparse.ArgumentParser:
+    """The parser of a subcommand. Groups of flags come in the order of the job's fields."""
+    parser = _Parser(
+        prog=f"maskbeam {command}",
+        description=description,
+        epilog=epilog,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, config in _CONFIGS.items():
+    for name, config in typing.get_type_hints(job).items():
         group = parser.add_argument_group(_TITLES[name])
-        if name == "amg":
+        if config is AmgConfig:
             group.add_argument(
                 "--profile",
                 choices=list(PROFILES),
                 default="default",
                 help="parameters to start from: default is the reference's, sa1b what SA-1B was made with",
             )
-        _add_flags(group, config)
+        _add_flags(group, config, without)
     return parser
 
 
-def _add_flags(group: argparse._ArgumentGroup, config: type) -> None:
+def _add_flags(group: argparse._ArgumentGroup, config: Any, without: tuple[str, ...]) -> None:
     helps = field_helps(config)
     hints = typing.get_type_hints(config)
     for field in fields(config):
+        if field.name in without:
+            continue
         required = field.default is MISSING and field.default_factory is MISSING
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": required}
         options["help"] = helps[field.name].replace("%", "%%") + _default_help(field)
@@ -130,13 +135,14 @@ def _read_point_grids(path: str) -> tuple[tuple[tuple[float, float], ...], ...]:
 
 
 def field_helps(config: type) -> dict[str, str]:
-    """The line(s) of each field under "Attributes:" in a config class's docstring."""
-    attributes = inspect.cleandoc(config.__doc__ or "").partition("Attributes:\n")[2]
+    """The line(s) of each field under "Attributes:" in the docstring of a config class or of one it inherits from."""
     helps = {}
-    for entry in re.split(r"\n(?=  \w[\w, ]*: )", "\n" + attributes):
-        names, _, text = entry.strip().partition(": ")
-        for name in names.split(", "):
-            helps[name] = " ".join(text.split())
+    for documented in reversed(config.__mro__):
+        attributes = inspect.cleandoc(documented.__doc__ or "").partition("Attributes:\n")[2]
+        for entry in re.split(r"\n(?=  \w[\w, ]*: )", "\n" + attributes):
+            names, _, text = entry.strip().partition(": ")
+            for name in names.split(", "):
+                helps[name] = " ".join(text.split())
     return helps
 
 
@@ -149,27 +155,49 @@ def parse_label(argv: list[str]) -> tuple[Job, PipelineOptions]:
     own, passed_on = argv, []
     if "--" in argv:
         own, passed_on = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
-    parsed, rest = label_parser().parse_known_args(own)
-    values = vars(parsed)
-    _check_beam_flags(rest)
-    profile = values.pop("profile")
+    parser = label_parser()
+    parsed, rest = parser.parse_known_args(own)
+    _check_beam_flags(rest, parser)
+    return _build_job(Job, vars(parsed)), _beam_options(rest + passed_on)
+
+
+def parse_job(command: str, job: type[J], argv: list[str], description: str, without: tuple[str, ...] = ()) -> J:
+    """Command line -> what to do, for a subcommand that does not run on Beam.
+
+    Args:
+      command: its name.
+      job: a dataclass whose fields are config dataclasses.
+      description: a sentence for --help.
+      without: fields that are no flags here and keep their defaults, since they would do nothing.
+
+    Raises:
+      UsageError: a flag nobody knows, a value out of range.
+    """
+    parser = _job_parser(command, job, description, without=without)
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UsageError(_describe_unknown(unknown[0], parser.prog, parser))
+    return _build_job(job, vars(parsed))
+
+
+def _build_job(job: type[J], values: dict[str, Any]) -> J:
     configs: dict[str, Any] = {}
-    for name, config in _CONFIGS.items():
+    for name, config in typing.get_type_hints(job).items():
         given = {
             field.name: tuple(values[field.name]) if isinstance(values[field.name], list) else values[field.name]
             for field in fields(config)
             if field.name in values
         }
         try:
-            if name == "amg":
+            if config is AmgConfig:
                 if "point_grids" in given:
                     given.setdefault("points_per_side", None)
-                configs[name] = AmgConfig.for_profile(profile, **given)
+                configs[name] = AmgConfig.for_profile(values["profile"], **given)
             else:
                 configs[name] = config(**given)
         except ValueError as error:
             raise UsageError(str(error)) from error
-    return Job(**configs), _beam_options(rest + passed_on)
+    return job(**configs)
 
 
 def _beam_options(flags: list[str]) -> PipelineOptions:
@@ -185,21 +213,25 @@ def runs_locally(options: PipelineOptions) -> bool:
     return options.view_as(StandardOptions).runner == _LOCAL_RUNNER
 
 
-def _check_beam_flags(flags: list[str]) -> None:
+def _check_beam_flags(flags: list[str], own_parser: argparse.ArgumentParser) -> None:
     """Beam only warns of a flag that it does not know, and drops it. Here it is an error with a suggestion."""
     beam_parser = _Parser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
     for options in _subclasses(PipelineOptions):
         if "_add_argparse_args" in vars(options):
             options._add_argparse_args(beam_parser)
     _, unknown = beam_parser.parse_known_args(flags)
-    if not unknown:
-        return
-    ours = [option for action in label_parser()._actions for option in action.option_strings]
-    beams = [option for action in beam_parser._actions for option in action.option_strings]
-    flag = unknown[0].partition("=")[0]
-    close = difflib.get_close_matches(flag, ours, n=1) or difflib.get_close_matches(flag, beams, n=1)
-    hint = f"did you mean {close[0]}?" if close else "maskbeam label --help lists all flags."
-    raise UsageError(f"unknown argument {unknown[0]}: {hint} (Options only a job server knows go after --.)")
+    if unknown:
+        told = _describe_unknown(unknown[0], own_parser.prog, own_parser, beam_parser)
+        raise UsageError(f"{told} (Options only a job server knows go after --.)")
+
+
+def _describe_unknown(argument: str, program: str, *parsers: argparse.ArgumentParser) -> str:
+    """What to say of an argument that no parser knows, with the flag that was probably meant."""
+    for parser in parsers:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        if close := difflib.get_close_matches(argument.partition("=")[0], flags, n=1):
+            return f"unknown argument {argument}: did you mean {close[0]}?"
+    return f"unknown argument {argument}: {program} --help lists all flags."
 
 
 def _subclasses(cls: type) -> list[Any]:

@@ -1,0 +1,400 @@
+"""maskbeam certify: how far the masks of a lower precision are those of float32, on a sample of the user's images.
+
+Every image of the sample is accounted for: compared, or listed with the reason why it was not. Every float32 mask is,
+too: what has no match counts in the mean with the IoU of what comes closest to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import chain
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from pipeline.identity import default_backend, model_fingerprint
+from pipeline.options import UsageError, parse_job
+from pipeline.run import EXIT_DONE, EXIT_FAILED
+from transforms.agreement import MATCH_IOU, Agreement, compare_masks
+from transforms.amg import AmgConfig, Sam, Submit, call_now, label_image
+from transforms.images import ImageConfig, ImageError, decode_image
+from transforms.match import InputConfig, Matched, absolute, match_shards
+from transforms.read import ReadConfig, read_images, relative_path
+from transforms.records import EncodedImage, Failure
+from transforms.segment import LoadSam, ModelBroken, ModelConfig, load_model, use_backend
+from transforms.summary import write_json
+
+_DESCRIPTION = (
+    "Labels a sample of the images in float32 and in a lower precision and compares the masks. Run it on the kind of "
+    "device that will label: rounding differs between them."
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LowPrecisionModel(ModelConfig):
+    """Which model is judged.
+
+    Attributes:
+      dtype: the precision to compare with float32: bfloat16 or float16.
+    """
+
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("bfloat16", "float16"):
+            raise ValueError(f"dtype must be bfloat16 or float16, got {self.dtype}: it is compared with float32")
+
+
+@dataclass(frozen=True)
+class CertificateConfig:
+    """What is asked of the lower precision.
+
+    Attributes:
+      images: images in the sample, at least 1. The share that changes in all images is, 19 times out of 20, within
+        1 / sqrt(images) of the sample's: 10 percentage points for 100. All images if there are fewer.
+      seed: another one draws another sample. More images with the same seed add to the sample.
+      max_changed: the largest fraction of compared images that may have another number of masks than in float32.
+      json: file for the whole result, with a row for each image, on any Beam file system; replaced if it exists.
+    """
+
+    images: int = 100
+    seed: int = 0
+    max_changed: float = 0.05
+    json: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise ValueError(f"images is {self.images}; expected at least 1 image.")
+        if not 0 <= self.max_changed <= 1:
+            raise ValueError(f"max_changed must be a fraction between 0 and 1, got {self.max_changed}")
+        if self.json == "":
+            raise ValueError("json is empty; expected the name of a file. Leave it out to print the table only.")
+
+
+@dataclass(frozen=True)
+class CertifyJob:
+    """Everything `maskbeam certify` was asked to do."""
+
+    input: InputConfig
+    read: ReadConfig
+    images: ImageConfig
+    model: LowPrecisionModel
+    amg: AmgConfig
+    certificate: CertificateConfig
+
+
+@dataclass(frozen=True)
+class ComparedImage:
+    """What became of one image of the sample: one of agreement and failure is set."""
+
+    image_id: str
+    agreement: Agreement | None = None
+    failure: Failure | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the lower precision finds another number of masks."""
+        return self.agreement is not None and self.agreement.expected != self.agreement.actual
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The result.
+
+    Attributes:
+      dtype: the lower precision.
+      max_changed: the limit for changed_fraction.
+      images: the whole sample, in the order of the ids.
+    """
+
+    dtype: str
+    max_changed: float
+    images: tuple[ComparedImage, ...]
+
+    @property
+    def failed(self) -> list[ComparedImage]:
+        """The images that could not be read or decoded, so that there is nothing to compare."""
+        return [image for image in self.images if image.failure]
+
+    @property
+    def changed(self) -> list[ComparedImage]:
+        """The images with another number of masks than in float32."""
+        return [image for image in self.images if image.changed]
+
+    @property
+    def num_compared(self) -> int:
+        """Images with masks of both precisions, be it none."""
+        return len(self.images) - len(self.failed)
+
+    @property
+    def changed_fraction(self) -> float:
+        """Changed of compared images; 0 if none was compared."""
+        return len(self.changed) / max(self.num_compared, 1)
+
+    @cached_property
+    def agreement(self) -> Agreement:
+        """The masks of all compared images."""
+        return sum((image.agreement for image in self.images if image.agreement), Agreement())
+
+    @property
+    def objection(self) -> str | None:
+        """Why the lower precision is not certified; None if it is."""
+        if not self.num_compared:
+            return "no image could be decoded, so nothing was compared"
+        if not self.agreement.expected and not self.agreement.actual:
+            return "no image has a mask in either precision, so nothing was compared: lower --pred_iou_thresh"
+        if self.changed_fraction > self.max_changed:
+            return f"{self._told_changes}, more than --max_changed {self.max_changed} allows"
+        return None
+
+    @property
+    def verdict(self) -> str:
+        """A sentence for people."""
+        if self.objection:
+            return f"{self.dtype} is NOT certified: {self.objection}"
+        return f"{self.dtype} is certified: {self._told_changes}, within --max_changed {self.max_changed}"
+
+    @property
+    def _told_changes(self) -> str:
+        return (
+            f"{len(self.changed)} of {self.num_compared} images ({self.changed_fraction:.4g}) change their mask count"
+        )
+
+
+def main(argv: list[str]) -> int:
+    """Parses the flags and runs the comparison."""
+    return run_certify(parse_certify(argv))
+
+
+def parse_certify(argv: list[str]) -> CertifyJob:
+    """Command line -> what to do. There are no chunks here, so no flag for their size."""
+    return parse_job("certify", CertifyJob, argv, _DESCRIPTION, without=("chunk_size",))
+
+
+def run_certify(job: CertifyJob, load: LoadSam = load_model) -> int:
+    """Compares, prints the result and writes it as JSON.
+
+    Args:
+      load: makes the models; tests give a fake.
+
+    Returns:
+      0 if at most max_changed of the images change their mask count; 1 if more do, if there was nothing to
+      compare, or if the model failed.
+
+    Raises:
+      UsageError: before anything is labeled, if the job cannot be done as asked.
+    """
+    try:
+        matched = match_shards(job.input, job.read)
+        use_backend(default_backend())
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UsageError(str(error)) from error
+    described = _describe_job(job, matched)
+    _write_json(job, described)  # without a result yet: that it cannot be written is told now, not after the work
+    try:
+        float32, low_precision = load(ModelConfig(job.model.model, "float32")), load(job.model)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+    drawn = draw_images(matched, job.read, job.certificate.images, job.certificate.seed)
+    try:
+        with ThreadPoolExecutor() as threads:
+            images = tuple(
+                compare_image(image, float32, low_precision, job.images, job.amg, threads.submit)
+                for image in _with_progress(drawn, "image")
+            )
+    except ModelBroken as error:
+        print(f"maskbeam: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    certificate = Certificate(job.model.dtype, job.certificate.max_changed, images)
+    print(format_certificate(certificate))
+    _write_json(job, {**described, **certificate_to_dict(certificate)})
+    return EXIT_FAILED if certificate.objection else EXIT_DONE
+
+
+def _describe_job(job: CertifyJob, matched: Matched) -> dict[str, Any]:
+    """What the result depends on, for JSON."""
+    return {
+        "job": asdict(job),
+        "root": matched.root,
+        "model_fingerprint": model_fingerprint(job.model.model),
+        "backend": default_backend(),
+        "match_iou": MATCH_IOU,
+    }
+
+
+def _write_json(job: CertifyJob, content: dict[str, Any]) -> None:
+    path = job.certificate.json
+    if path is None:
+        return
+    try:
+        write_json(absolute(path), content)
+    except (OSError, ValueError) as error:  # ValueError: a file system that Beam does not know
+        raise UsageError(f"cannot write --json {path}: {error}. Choose a file that can be written.") from error
+
+
+def draw_images(matched: Matched, config: ReadConfig, count: int, seed: int) -> list[EncodedImage]:
+    """Draws images by a seed: all are equally likely, whatever they are packed in.
+
+    Each image gets a number by its id and the seed, and those with the lowest numbers are drawn. So shards of unknown
+    length are sampled in one pass, with no more than `count` images and one in memory. Of loose files only the drawn
+    ones are opened; shards of many images are read from end to end.
+
+    Args:
+      count: images to draw; all of them if there are fewer.
+
+    Returns:
+      the images in the order of their ids; what could not be read is among them, with its failure.
+    """
+
+    def number(image_id: str) -> bytes:
+        return hashlib.sha256(f"{seed} {image_id}".encode("utf-8", "surrogateescape")).digest()
+
+    files = [
+        replace(shard, files=(file,), first_row=shard.first_row + index)
+        for shard in matched.shards
+        if shard.format == "image"
+        for index, file in enumerate(shard.files)
+    ]
+    loose = heapq.nsmallest(count, files, key=lambda shard: number(relative_path(shard.files[0].path, matched.root)))
+    packed = [shard for shard in matched.shards if shard.format != "image"]
+    images = (
+        image
+        for shard in chain(loose, _with_progress(packed, "shard"))
+        for image in read_images(shard, config, matched.root)
+    )
+    drawn = heapq.nsmallest(count, images, key=lambda image: number(image.image_id))
+    return sorted(drawn, key=lambda image: image.image_id)
+
+
+def compare_image(
+    image: EncodedImage,
+    float32: Sam,
+    low_precision: Sam,
+    image_config: ImageConfig,
+    amg_config: AmgConfig,
+    submit: Submit = call_now,
+) -> ComparedImage:
+    """Labels an image with both models and compares the masks; what cannot be decoded becomes a failure.
+
+    Args:
+      submit: see label_image.
+
+    Raises:
+      ModelBroken: a model fails. `label` would go on, but a certificate that leaves out images says nothing.
+    """
+    if image.failure:
+        return ComparedImage(image.image_id, failure=image.failure)
+    try:
+        pixels = decode_image(image.data, image_config).pixels
+    except ImageError as error:
+        return ComparedImage(image.image_id, failure=Failure("decode", str(error)))
+    try:
+        expected, actual = (label_image(sam, pixels, amg_config, submit).masks for sam in (float32, low_precision))
+    except Exception as error:
+        raise ModelBroken(
+            f"the model failed on {image.image_id}, so nothing is certified. {type(error).__name__}: {error}. If "
+            "memory ran out, lower --points_per_batch."
+        ) from error
+    return ComparedImage(image.image_id, compare_masks(expected, actual))
+
+
+def _with_progress(items: Sequence[T], unit: str) -> Iterable[T]:
+    """The items, with a progress bar if somebody is there to see it."""
+    return tqdm(items, unit=unit, dynamic_ncols=True, file=sys.stderr, disable=not (items and sys.stderr.isatty()))
+
+
+def format_certificate(certificate: Certificate) -> str:
+    """What the command prints: the images that failed or changed, the totals, the verdict."""
+    dtype, masks = certificate.dtype, certificate.agreement
+    compared, changed = certificate.num_compared, len(certificate.changed)
+    lines = [f"failed {image.image_id}: {_describe_failure(image)}" for image in certificate.failed]
+    lines += [f"changed {image.image_id}: {_describe_change(image, dtype)}" for image in certificate.changed]
+    table = [
+        ("images in the sample", len(certificate.images), ""),
+        ("  compared", compared, ""),
+        ("  failed: not read or decoded", len(certificate.failed), ""),
+        ("images that change their mask count", changed, _share(changed, compared)),
+        ("masks in float32", masks.expected, ""),
+        (f"  matched in {dtype} at IoU >= {MATCH_IOU}", masks.matched, _share(masks.matched, masks.expected)),
+        ("  lost", masks.lost, _share(masks.lost, masks.expected)),
+        (f"masks in {dtype}", masks.actual, ""),
+        ("  new", masks.new, _share(masks.new, masks.actual)),
+        ("mean IoU of the matched masks", _decimal(masks.mean_matched_iou), ""),
+        ("mean best IoU of all float32 masks", _decimal(masks.mean_best_iou), ""),
+        ("mean |difference| of predicted IoU, matched", _decimal(masks.mean_predicted_iou_difference), ""),
+    ]
+    lines += [f"{name:<45}{value:>8}{share:>9}".rstrip() for name, value, share in table]
+    return "\n".join([*lines, certificate.verdict])
+
+
+def _describe_failure(image: ComparedImage) -> str:
+    return f"{image.failure.stage}: {image.failure.reason}" if image.failure else ""
+
+
+def _describe_change(image: ComparedImage, dtype: str) -> str:
+    masks = image.agreement or Agreement()
+    return f"{masks.expected} masks in float32, {masks.actual} in {dtype} ({masks.lost} lost, {masks.new} new)"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else ""
+
+
+def _decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def certificate_to_dict(certificate: Certificate) -> dict[str, Any]:
+    """The result for JSON: the verdict, the totals, a row for each image of the sample."""
+    return {
+        "certified": certificate.objection is None,
+        "objection": certificate.objection,
+        "summary": {
+            "images": len(certificate.images),
+            "compared": certificate.num_compared,
+            "failed": len(certificate.failed),
+            "changed": len(certificate.changed),
+            "changed_fraction": certificate.changed_fraction,
+            **_agreement_to_dict(certificate.agreement),
+        },
+        "images": [_image_to_dict(image) for image in certificate.images],
+    }
+
+
+def _image_to_dict(image: ComparedImage) -> dict[str, Any]:
+    """The row of an image; one that failed has its reason instead of the masks' columns."""
+    row: dict[str, Any] = {"image_id": image.image_id, "error_stage": None, "error": None}
+    if image.failure:
+        row |= {"error_stage": image.failure.stage, "error": image.failure.reason}
+    if image.agreement:
+        masks = image.agreement
+        row |= _agreement_to_dict(masks)
+        row |= {
+            "changed": image.changed,
+            "matched_ious": masks.matched_ious,
+            "best_ious": masks.best_ious,
+            "predicted_iou_differences": masks.predicted_iou_differences,
+        }
+    return row
+
+
+def _agreement_to_dict(masks: Agreement) -> dict[str, Any]:
+    return {
+        "float32_masks": masks.expected,
+        "low_precision_masks": masks.actual,
+        "matched": masks.matched,
+        "lost": masks.lost,
+        "new": masks.new,
+        "mean_matched_iou": masks.mean_matched_iou,
+        "mean_best_iou": masks.mean_best_iou,
+        "mean_predicted_iou_difference": masks.mean_predicted_iou_difference,
+    }
