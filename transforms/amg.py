@@ -239,7 +239,7 @@ def label_image(sam: Sam, pixels: np.ndarray, config: AmgConfig, submit: Submit 
     Args:
       sam: the model, from transforms.sam.load_sam.
       pixels: (H, W, 3) uint8 RGB.
-      submit: how to run work on the host: `executor.submit` to overlap it with the device.
+      submit: how to run work on the host: `transforms.threads.host_threads().submit` overlaps it with the device.
     """
     proposals, seconds = propose_image(sam, prepare_crops(pixels, config, sam.frame_size), config, submit)
     return select_masks(proposals, pixels.shape[:2], config, seconds)

@@ -24,8 +24,10 @@ from transforms.sam_layers import Weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Prompts upscaled in one call. Small enough that padding the last call wastes little, large enough to fill a device.
-_UPSCALE_BATCH = 8
+# Prompts upscaled in one call: at most so many, so that padding the last call wastes little, and at most so many values
+# of the largest intermediate (64 MB), which makes 8 prompts for SAM's published models.
+_MAX_UPSCALE_BATCH = 16
+_MAX_UPSCALE_VALUES = 2**24
 
 # These stay float32 in every precision: norms are computed in float32, and prompt coordinates need all their digits.
 _FLOAT32_WEIGHTS = ("gamma", "beta", "epsilon", "frequencies", "foreground", "padding")
@@ -104,6 +106,8 @@ class Sam:
         decoder_shape, decoder_weights = read_decoder(backbone.prompt_encoder, backbone.mask_decoder)
         self.frame_size = encoder_shape.frame_size
         self.low_size = 4 * decoder_shape.grid
+        values = self.low_size**2 * backbone.mask_decoder.embedding_dim // 8
+        self._upscale_batch = max(min(_MAX_UPSCALE_VALUES // values, _MAX_UPSCALE_BATCH), 1)
         self._encoder_weights = _to_device(encoder_weights, dtype)
         self._decoder_weights = _to_device(decoder_weights, dtype)
 
@@ -130,15 +134,16 @@ class Sam:
     def low_res_logits(self, scored: ScoredPrompts, prompts: np.ndarray) -> np.ndarray:
         """See transforms.amg.Sam."""
         logits = np.empty((len(prompts), 3, self.low_size, self.low_size), np.float32)
+        batch = self._upscale_batch
         pending = []
-        for first in range(0, len(prompts), _UPSCALE_BATCH):
-            rows = np.zeros(_UPSCALE_BATCH, np.int32)
-            part = prompts[first : first + _UPSCALE_BATCH]
+        for first in range(0, len(prompts), batch):
+            rows = np.zeros(batch, np.int32)
+            part = prompts[first : first + batch]
             rows[: len(part)] = part
             pending.append(self._upscale_masks(self._decoder_weights["upscaling"], *scored.parts, rows))
-        for first, part in zip(range(0, len(prompts), _UPSCALE_BATCH), pending, strict=True):
+        for first, part in zip(range(0, len(prompts), batch), pending, strict=True):
             rows_left = len(prompts) - first
-            logits[first : first + _UPSCALE_BATCH] = ops.convert_to_numpy(part)[:rows_left]
+            logits[first : first + batch] = ops.convert_to_numpy(part)[:rows_left]
         return logits
 
 

@@ -22,11 +22,11 @@ from functools import partial
 
 import apache_beam as beam
 from apache_beam.utils.shared import Shared
-from threadpoolctl import threadpool_limits
 
 from transforms.amg import AmgConfig, Crop, ImageMasks, Sam, prepare_crops, propose_image, select_masks
 from transforms.images import ImageConfig, ImageError, decode_image
 from transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Seconds
+from transforms.threads import host_threads
 
 # Images decoded before the device asks for them, and images whose masks may still be in work behind it.
 _DECODE_AHEAD = 3
@@ -313,9 +313,7 @@ class _GenerateMasksFn(beam.DoFn):
         if self._progress is not None:  # a local worker process tells its life's story at INFO
             logging.getLogger("apache_beam.runners.worker").setLevel(logging.WARNING)
         self._model = self._shared.acquire(lambda: _SharedModel(self._load(self._model_config)))
-        # The host's matrices are small and its threads many: a BLAS with threads of its own would only get in the way.
-        threadpool_limits(limits=1, user_api="blas")
-        self._threads = ThreadPoolExecutor(max(2, min(os.cpu_count() or 1, 16)), thread_name_prefix="host")
+        self._threads = host_threads()
 
     def teardown(self) -> None:
         self._threads.shutdown()
