@@ -34,6 +34,6 @@ format: $(VENV)/installed-dev  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/installed-dev  ## measure against the reference (installs torch)
+bench: $(VENV)/installed  ## measure against the reference (installs torch); ARGS="--model vit_b" for flags
 	$(BIN)/pip install --quiet --editable '.[bench]'
-	$(BIN)/python -m benchmarks.compare
+	$(BIN)/python -m benchmarks.compare $(ARGS)

@@ -29,6 +29,14 @@ def main(argv: list[str] | None = None) -> int:
         print(_USAGE, end="")
         return 0 if command else 2
     _quiet_libraries()
+    try:
+        return _run(command, rest)
+    except KeyboardInterrupt:
+        print("maskbeam: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(command: str, argv: list[str]) -> int:
     # Imported late: they bring Beam with them, and --help should not wait for it.
     from pipeline import certify, demo, label
     from pipeline.options import UsageError
@@ -38,13 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"maskbeam: unknown command {command}, expected one of {', '.join(commands)}", file=sys.stderr)
         return 2
     try:
-        return commands[command](rest)
+        return commands[command](argv)
     except UsageError as error:
         print(f"maskbeam {command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("maskbeam: interrupted", file=sys.stderr)
-        return 130
 
 
 def _quiet_libraries() -> None:
