@@ -10,7 +10,6 @@ import hashlib
 import heapq
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -29,6 +28,7 @@ from transforms.read import ReadConfig, read_images, relative_path
 from transforms.records import EncodedImage, Failure
 from transforms.segment import LoadSam, ModelBroken, ModelConfig, load_model, use_backend
 from transforms.summary import write_json
+from transforms.threads import host_threads
 
 _DESCRIPTION = (
     "Labels a sample of the images in float32 and in a lower precision and compares the masks. Run it on the kind of "
@@ -206,7 +206,7 @@ def run_certify(job: CertifyJob, load: LoadSam = load_model) -> int:
 
     drawn = draw_images(matched, job.read, job.certificate.images, job.certificate.seed)
     try:
-        with ThreadPoolExecutor() as threads:
+        with host_threads() as threads:
             images = tuple(
                 compare_image(image, float32, low_precision, job.images, job.amg, threads.submit)
                 for image in _with_progress(drawn, "image")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline import label
+from pipeline.identity import RUN_FILE
 from pipeline.run import EXIT_DONE
 from transforms.draw import contact_sheet, draw_masks
 from transforms.images import ImageConfig, decode_image
@@ -31,7 +33,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--output", default="demo", help="directory of the labels and the picture (default: demo)")
     output = parser.parse_args(argv).output
-    code = label.main(["--input", str(PHOTOS / "*.jpg"), "--output", output, "--overwrite", *_FLAGS])
+    # Again and again into the same place, but not over somebody's labels.
+    run_file = Path(output) / RUN_FILE
+    again = run_file.exists() and json.loads(run_file.read_text()).get("root") == str(PHOTOS)
+    overwrite = ["--overwrite"] if again else []
+    code = label.main(["--input", str(PHOTOS / "*.jpg"), "--output", output, *overwrite, *_FLAGS])
     if code == EXIT_DONE:
         picture = Path(output) / "masks.png"
         Image.fromarray(draw_photos(output)).save(picture)

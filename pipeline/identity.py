@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -15,8 +16,19 @@ from apache_beam.io.filesystems import FileSystems
 from pipeline.graph import Job
 from pipeline.options import UsageError
 from transforms.embedded import resolve_preset
-from transforms.summary import read_json, write_json
-from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, TEMPORARY_DIR, delete_tree, list_tree
+from transforms.match import absolute
+from transforms.records import Shard
+from transforms.resume import committed_chunks
+from transforms.summary import SUMMARY_FILE, read_json, write_json
+from transforms.write import (
+    ANNOTATIONS_DIR,
+    IMAGES_DIR,
+    TEMPORARY_DIR,
+    delete_file,
+    delete_tree,
+    list_tree,
+    parse_chunk_name,
+)
 
 RUN_FILE = "run.json"
 _OUR_DIRS = (ANNOTATIONS_DIR, IMAGES_DIR, TEMPORARY_DIR)
@@ -118,11 +130,12 @@ def claim_output(output: str, run: dict[str, Any], overwrite: bool) -> None:
     try:
         path = FileSystems.join(output, RUN_FILE)
         if FileSystems.exists(path):
-            if not overwrite:
-                _check_same_run(read_json(path), run, output)
+            before = _read_run(path)
+            labeled = bool(committed_chunks(output))
+            if labeled and not overwrite:
+                _check_same_run(before, run, output)
                 return
-            for directory in _OUR_DIRS:
-                delete_tree(FileSystems.join(output, directory))
+            _delete_labels(output)
         else:
             _check_empty(output)
         write_json(path, run)
@@ -132,6 +145,44 @@ def claim_output(output: str, run: dict[str, Any], overwrite: bool) -> None:
         raise UsageError(
             f"cannot write to --output {output}: {error}. Choose a directory that can be written."
         ) from error
+
+
+def _read_run(path: str) -> dict[str, Any]:
+    """A run.json of ours."""
+    try:
+        run = read_json(path)
+    except ValueError as error:
+        raise UsageError(
+            f"{path} is damaged: {error}. Delete it and its directory, or choose another --output."
+        ) from error
+    if not isinstance(run, dict) or not {"model_fingerprint", "root", "amg"} <= run.keys():
+        raise UsageError(f"{path} was not written by maskbeam. Choose another --output.")
+    return run
+
+
+def _delete_labels(output: str) -> None:
+    """Deletes what a run of ours leaves in its output, and nothing else."""
+    for directory in (ANNOTATIONS_DIR, IMAGES_DIR):
+        for file in list_tree(FileSystems.join(output, directory)):
+            if parse_chunk_name(FileSystems.split(file)[1]):
+                delete_file(file)
+    delete_tree(FileSystems.join(output, TEMPORARY_DIR))
+    delete_file(FileSystems.join(output, SUMMARY_FILE))
+
+
+def refuse_input_in_output(shards: Iterable[Shard], output: str) -> None:
+    """Refuses input that lies where labels go: --overwrite would delete it, and a later start would read labels.
+
+    Raises:
+      UsageError
+    """
+    ours = tuple(f"{absolute(output)}/{directory}/" for directory in _OUR_DIRS)
+    for shard in shards:
+        if (shard.path + "/").startswith(ours):
+            raise UsageError(
+                f"the input {shard.path} lies in a folder of --output {output} where labels are written. Choose "
+                "another --output."
+            )
 
 
 def _check_same_run(before: dict[str, Any], now: dict[str, Any], output: str) -> None:

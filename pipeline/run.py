@@ -26,12 +26,12 @@ from apache_beam.portability import python_urns
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from pipeline.graph import Job, build
-from pipeline.identity import claim_output, default_backend, describe_run
+from pipeline.identity import claim_output, default_backend, describe_run, refuse_input_in_output
 from pipeline.options import UsageError, runs_locally
 from pipeline.progress import Progress
 from transforms.match import Matched, check_output, match_shards
 from transforms.records import Totals
-from transforms.resume import InputChanged, committed_chunks, count_orphans, read_report
+from transforms.resume import InputChanged, check_directories, committed_chunks, count_orphans, finished_reports
 from transforms.segment import LoadSam, ModelBroken, load_model, use_backend
 from transforms.summary import SUMMARY_FILE, read_json
 from transforms.write import TooManyFailures
@@ -62,10 +62,16 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) ->
         use_backend(default_backend())
     except (ValueError, RuntimeError, OSError) as error:
         raise UsageError(str(error)) from error
+    refuse_input_in_output(matched.shards, job.output.output)
     run = describe_run(job, matched.root)
     claim_output(job.output.output, run, job.output.overwrite)
+    try:
+        done = _done_before(job, matched)
+    except InputChanged as error:
+        print(f"maskbeam: {error}", file=sys.stderr)
+        return EXIT_FAILED
     local = runs_locally(options)
-    outcome = _run_here(job, options, run, matched, load) if local else _run_remotely(job, options, run, load)
+    outcome = _run_here(job, options, run, matched, done, load) if local else _run_remotely(job, options, run, load)
     if outcome.error is not None:
         if not isinstance(outcome.error, _EXPECTED_ERRORS):
             traceback.print_exception(outcome.error)
@@ -111,7 +117,25 @@ class _LocalRunner(FnApiRunner):
         return super().run_via_runner_api(pipeline_proto, options)
 
 
-def _run_here(job: Job, options: PipelineOptions, run: dict[str, Any], matched: Matched, load: LoadSam) -> _Outcome:
+def _done_before(job: Job, matched: Matched) -> Totals:
+    """What earlier starts committed, of the input as it is now.
+
+    Raises:
+      InputChanged: it is not what was labeled.
+    """
+    committed = committed_chunks(job.output.output)
+    check_directories(committed, matched.shards)
+    reports = [
+        report
+        for shard in matched.shards
+        for report in finished_reports(shard, matched.root, committed.get(shard.name, []), job.output)
+    ]
+    return sum((report.totals for report in reports), Totals())
+
+
+def _run_here(
+    job: Job, options: PipelineOptions, run: dict[str, Any], matched: Matched, done: Totals, load: LoadSam
+) -> _Outcome:
     """Runs the pipeline in a thread and looks after it from this one."""
     progress_dir = Path(tempfile.mkdtemp(prefix="maskbeam-progress-"))
     ended = threading.Event()
@@ -133,7 +157,7 @@ def _run_here(job: Job, options: PipelineOptions, run: dict[str, Any], matched: 
         dead_workers.append(failure.exc_value or RuntimeError(str(failure.exc_type)))
 
     start = time.monotonic()
-    progress = _make_progress(job, matched, progress_dir)
+    progress = _make_progress(job, matched, done, progress_dir)
     previous_hook, threading.excepthook = threading.excepthook, thread_failed
     try:
         threading.Thread(target=work, name="pipeline", daemon=True).start()
@@ -175,14 +199,8 @@ def _stop(progress: Progress, progress_dir: Path, code: int, message: str) -> No
     os._exit(code)
 
 
-def _make_progress(job: Job, matched: Matched, progress_dir: Path) -> Progress:
+def _make_progress(job: Job, matched: Matched, done: Totals, progress_dir: Path) -> Progress:
     """The bar, starting from what earlier starts committed."""
-    reports = [
-        read_report(job.output.output, shard, index)
-        for shard, indices in committed_chunks(job.output.output).items()
-        for index in indices
-    ]
-    done = sum((report.totals for report in reports), Totals())
     countable = all(shard.format == "image" for shard in matched.shards)
     total_images = sum(len(shard.files) for shard in matched.shards) if countable else None
     if not countable and job.input.limit is not None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.fakes import FakeSam, FakeScored
 from transforms import amg, rle
-from transforms.amg import AmgConfig, ImageMasks, call_now, label_image, layer_point_grids
+from transforms.amg import AmgConfig, ImageMasks, ModelOutputError, call_now, label_image, layer_point_grids
 from transforms.crops import generate_crop_boxes
 from transforms.prompts import build_point_grid
 from transforms.records import Dropped, Mask
@@ -528,3 +528,38 @@ def test_error_in_a_measurement_is_raised(threads: bool, monkeypatch: pytest.Mon
     config = AmgConfig(points_per_side=2, **NO_FILTERS)
     with ThreadPoolExecutor(1) as executor, pytest.raises(ArithmeticError, match="broken"):
         label_image(FakeSam(), white(8, 8), config, executor.submit if threads else call_now)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_answers_that_are_no_numbers_are_errors_and_not_dropped_masks(bad: float) -> None:
+    class Sick(FakeSam):
+        def score(self, context: np.ndarray, points_xy: np.ndarray, points_per_batch: int) -> FakeScored:
+            scored = super().score(context, points_xy, points_per_batch)
+            return FakeScored(scored.points_xy, np.full_like(scored.iou, bad))
+
+    with pytest.raises(ModelOutputError, match="predicted IoU is not finite"):
+        label_image(Sick(), np.zeros((48, 64, 3), np.uint8), AmgConfig(points_per_side=2))
+
+
+def test_logits_that_are_no_numbers_are_errors() -> None:
+    class Sick(FakeSam):
+        def low_res_logits(self, scored: FakeScored, prompts: np.ndarray) -> np.ndarray:
+            return np.full_like(super().low_res_logits(scored, prompts), np.nan)
+
+    with pytest.raises(ModelOutputError, match="mask logits are not finite"):
+        label_image(Sick(), np.zeros((48, 64, 3), np.uint8), AmgConfig(points_per_side=2, pred_iou_thresh=0.0))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"pred_iou_thresh": 88},
+        {"stability_score_thresh": 95},
+        {"pred_iou_thresh": float("nan")},
+        {"mask_threshold": float("nan")},
+        {"min_mask_area": 100, "max_mask_area": 10},
+    ],
+)
+def test_settings_that_would_keep_nothing_are_refused_by_name(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        AmgConfig(**bad)  # type: ignore[arg-type]

@@ -158,7 +158,7 @@ def test_the_table_lists_what_failed_and_what_changed(
         ([], load_fake, 0, "is certified: 0 of 4 images (0)"),
         (["--max_changed", "0"], load_fake, 0, "is certified: 0 of 4 images (0)"),
         # Nothing was compared: that is no certificate.
-        (["--pred_iou_thresh", "2"], load_fake, 1, "is NOT certified: no image has a mask"),
+        (["--pred_iou_thresh", "1"], load_fake, 1, "is NOT certified: no image has a mask"),
         (["--max_pixels", "1"], load_fake, 1, "is NOT certified: no image could be decoded"),
     ],
 )

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.identity import claim_output, describe_run, model_fingerprint
+from pipeline.identity import claim_output, describe_run, model_fingerprint, refuse_input_in_output
 from pipeline.options import UsageError, parse_label
 from transforms.embedded import resolve_preset
+from transforms.records import Shard
 
 
 def describe(*flags: str, root: str = "/data") -> dict[str, Any]:
@@ -24,9 +25,10 @@ def claim(output: Path, run: dict[str, Any], overwrite: bool = False) -> None:
 
 @pytest.fixture
 def claimed(tmp_path: Path) -> Path:
-    """An output that a run with the default settings was started in."""
+    """An output in which a run with the default settings has committed a chunk."""
     output = tmp_path / "labels"
     claim(output, describe())
+    fill(output, "annotations/a.tar-00000.parquet", "images/a.tar-00000.parquet")
     return output
 
 
@@ -137,10 +139,10 @@ def files(output: Path) -> set[str]:
     return {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
 
 
-def test_overwrite_deletes_our_directories_and_nothing_else(claimed: Path) -> None:
-    fill(claimed, "annotations/a.parquet", "images/a.parquet", "_tmp/x", "masks.png", "notes/n.txt", "summary.json")
+def test_overwrite_deletes_our_files_and_nothing_else(claimed: Path) -> None:
+    fill(claimed, "images/mine.jpg", "annotations/merged.parquet", "_tmp/x", "masks.png", "notes/n.txt", "summary.json")
     claim(claimed, describe("--chunk_size", "8"), overwrite=True)
-    assert files(claimed) == {"run.json", "masks.png", "notes/n.txt", "summary.json"}
+    assert files(claimed) == {"run.json", "images/mine.jpg", "annotations/merged.parquet", "masks.png", "notes/n.txt"}
     assert json.loads((claimed / "run.json").read_text())["chunk_size"] == 8
 
 
@@ -158,6 +160,33 @@ def test_a_directory_with_other_things_in_it_will_do(tmp_path: Path, overwrite: 
     fill(tmp_path, "notes.txt", "photos/images/a.jpg")
     claim(tmp_path, describe(), overwrite)
     assert files(tmp_path) == {"run.json", "notes.txt", "photos/images/a.jpg"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"tool": "wandb"}', "was not written by maskbeam"), ("[]", "was not written by maskbeam"), ("", "is damaged")],
+)
+def test_somebody_elses_run_json_is_refused(tmp_path: Path, content: str, message: str, overwrite: bool) -> None:
+    fill(tmp_path, "images/mine.jpg")
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        claim(tmp_path, describe(), overwrite)
+    assert files(tmp_path) == {"run.json", "images/mine.jpg"}
+
+
+def test_a_run_that_committed_nothing_may_start_with_other_settings(tmp_path: Path) -> None:
+    claim(tmp_path, describe())
+    claim(tmp_path, describe("--chunk_size", "8"))
+    assert json.loads((tmp_path / "run.json").read_text())["chunk_size"] == 8
+
+
+@pytest.mark.parametrize("folder", ["images", "annotations", "_tmp"])
+def test_input_where_labels_go_is_refused(tmp_path: Path, folder: str) -> None:
+    shard = Shard("a.tar", str(tmp_path / folder / "a.tar"), "tar", ())
+    with pytest.raises(UsageError, match="lies in a folder of --output"):
+        refuse_input_in_output([shard], str(tmp_path))
+    refuse_input_in_output([shard], str(tmp_path / "labels"))
 
 
 # The model's fingerprint.

@@ -20,6 +20,7 @@ from transforms.read import ReadConfig
 from transforms.records import ChunkReport, Shard, SourceFile, Totals
 from transforms.resume import (
     InputChanged,
+    check_directories,
     committed_chunks,
     count_orphans,
     finished_reports,
@@ -64,7 +65,8 @@ def test_each_chunk_is_committed_under_its_shards_name(finished: tuple[Path, Pat
 
 
 def test_only_the_last_chunk_of_a_shard_is_final(finished: tuple[Path, Path]) -> None:
-    assert [read_report(str(finished[1]), "a.tar", index).final for index in (0, 1, 2)] == [False, False, True]
+    reports = [read_report(str(finished[1]), "a.tar", index) for index in (0, 1, 2)]
+    assert [report and report.final for report in reports] == [False, False, True]
 
 
 @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -209,3 +211,19 @@ def test_chunks_of_removed_inputs_are_counted() -> None:
     committed = {"dir": [0, 1, 2], "a.tar": [0, 1], "b.tar": [0]}
     assert count_orphans(committed, [*directory, tar]) == 2  # the directory's third chunk and b.tar
     assert count_orphans({}, [tar]) == 0
+
+
+def test_a_directory_that_lost_its_last_files_is_an_error_that_says_so() -> None:
+    directory = [Shard("dir", "/in/dir", "image", (), first_chunk=index) for index in range(2)]
+    check_directories({"dir": [0, 1]}, directory)
+    with pytest.raises(InputChanged, match=r"/in/dir has fewer files .* it had 3 chunks, now 2"):
+        check_directories({"dir": [0, 1, 2]}, directory)
+
+
+def test_files_of_others_and_damaged_ones_are_not_committed_chunks(tmp_path: Path) -> None:
+    for folder in ("images", "annotations"):
+        (tmp_path / folder).mkdir()
+        for name in ("merged.parquet", "a.tar-00000.parquet"):
+            (tmp_path / folder / name).touch()
+    assert committed_chunks(str(tmp_path)) == {"a.tar": [0]}
+    assert finished_reports(Shard("a.tar", "/a.tar", "tar", ()), "/", [0], OutputConfig(str(tmp_path))) == []

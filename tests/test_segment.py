@@ -200,6 +200,25 @@ def test_health_is_carried_from_chunk_to_chunk(label: Label) -> None:
         label(chunk_of(encoded(3)), sam, health)
 
 
+class BreaksAfter(FakeSam):
+    """Works for so many images, then never again."""
+
+    def __init__(self, images: int) -> None:
+        self.left = images
+
+    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> np.ndarray:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("device lost")
+        return super().embed(frame, resized_hw)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_model_that_breaks_near_the_end_of_a_chunk_ends_the_run(label: Label, failing: int) -> None:
+    with pytest.raises(ModelBroken, match="device lost"):
+        label(photos_chunk(4), BreaksAfter(4 - failing))
+
+
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_exif_orientation_is_applied_and_recorded(label: Label, orientation: int) -> None:
     exif = Image.Exif()

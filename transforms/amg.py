@@ -9,6 +9,7 @@ Read top down: label_image > propose_masks (on the device) > select_masks (on th
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -97,6 +98,11 @@ class AmgConfig:
                 f"point_grids must have one grid a layer: {self.crop_n_layers + 1} for "
                 f"crop_n_layers={self.crop_n_layers}, got {len(self.point_grids)}"
             )
+        for name in ("pred_iou_thresh", "stability_score_thresh"):
+            if not getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a fraction of at most 1, got {getattr(self, name)}")
+        if not math.isfinite(self.mask_threshold):
+            raise ValueError(f"mask_threshold must be a finite logit, got {self.mask_threshold}")
         for name, low, high in (
             ("points_per_side", 1, 1024),
             ("points_per_batch", 1, 2**20),
@@ -117,6 +123,13 @@ class AmgConfig:
             if value is not None and not (value >= low and (high is None or value <= high)):
                 expected = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise ValueError(f"{name} must be {expected}, got {value}")
+        for low_name, high_name in (
+            ("min_mask_area", "max_mask_area"),
+            ("min_mask_area_fraction", "max_mask_area_fraction"),
+        ):
+            smallest, largest = getattr(self, low_name), getattr(self, high_name)
+            if largest is not None and smallest > largest:
+                raise ValueError(f"{low_name} {smallest} is above {high_name} {largest}: no mask would be left")
         if self.nms_by not in ("box", "mask"):
             raise ValueError(f'nms_by must be "box" or "mask", got "{self.nms_by}"')
         layer_point_grids(self)
@@ -172,6 +185,10 @@ class Sam(Protocol):
         """Mask logits (len(prompts), 3, low_size, low_size) float32 of some of a batch's prompts."""
 
 
+class ModelOutputError(RuntimeError):
+    """The model answers with NaN or infinity: a sick device, or numbers too large for a low precision."""
+
+
 @dataclass(frozen=True)
 class Crop:
     """A crop, ready for the device: decoding threads make these."""
@@ -211,6 +228,26 @@ class Proposals:
 
 
 @dataclass(frozen=True)
+class _Encoded:
+    """A mask that survived its crop."""
+
+    mask: Mask
+    runs: rle.Runs
+    box_xyxy: np.ndarray  # inclusive pixel indices of the image, as the reference has it
+    crop: CropBox
+
+
+@dataclass(frozen=True)
+class SelectedInCrop:
+    """What is left of one crop, best predicted IoU first, and the seconds that the host spent on it."""
+
+    masks: list[_Encoded]
+    num_candidates: int
+    dropped: Dropped
+    seconds: float
+
+
+@dataclass(frozen=True)
 class ImageMasks:
     """The masks of one image, in the reference's order."""
 
@@ -241,8 +278,8 @@ def label_image(sam: Sam, pixels: np.ndarray, config: AmgConfig, submit: Submit 
       pixels: (H, W, 3) uint8 RGB.
       submit: how to run work on the host: `transforms.threads.host_threads().submit` overlaps it with the device.
     """
-    proposals, seconds = propose_image(sam, prepare_crops(pixels, config, sam.frame_size), config, submit)
-    return select_masks(proposals, pixels.shape[:2], config, seconds)
+    selected, seconds = propose_image(sam, prepare_crops(pixels, config, sam.frame_size), config, submit)
+    return select_masks(selected, pixels.shape[:2], config, seconds)
 
 
 def prepare_crops(pixels: np.ndarray, config: AmgConfig, frame_size: int) -> list[Crop]:
@@ -256,16 +293,23 @@ def prepare_crops(pixels: np.ndarray, config: AmgConfig, frame_size: int) -> lis
 
 def propose_image(
     sam: Sam, crops: list[Crop], config: AmgConfig, submit: Submit = call_now
-) -> tuple[list[Proposals], Seconds]:
-    """Runs the model on all crops of an image. The time in embed and predict_masks is wall time of this thread."""
-    proposals, embed = [], 0.0
+) -> tuple[list[Future[SelectedInCrop]], Seconds]:
+    """Runs the model on all crops of an image; what is left of a crop is selected as soon as it is measured.
+
+    So the logits of one crop are let go while the next is in work. The time in embed and predict_masks is wall time of
+    this thread.
+    """
+    selected, embed = [], 0.0
+    size_hw = crops[0].box.size_hw  # the first crop is the whole image
     start = time.perf_counter()
     for crop in crops:
         began = time.perf_counter()
         context = sam.embed(crop.frame, crop.resized_hw)
         embed += time.perf_counter() - began
-        proposals.append(propose_masks(sam, context, crop.box, config, submit))
-    return proposals, Seconds(embed=embed, predict_masks=time.perf_counter() - start - embed)
+        proposals = propose_masks(sam, context, crop.box, config, submit)
+        # It waits for measurements that were submitted before it, so a pool of any size gets through.
+        selected.append(submit(_select_in_crop, proposals, size_hw, config))
+    return selected, Seconds(embed=embed, predict_masks=time.perf_counter() - start - embed)
 
 
 def propose_masks(sam: Sam, context: Any, crop: CropBox, config: AmgConfig, submit: Submit = call_now) -> Proposals:
@@ -281,6 +325,8 @@ def propose_masks(sam: Sam, context: Any, crop: CropBox, config: AmgConfig, subm
     batches, dropped = [], 0
     for first, scored in _one_ahead(score(first) for first in range(0, len(points), config.points_per_batch)):
         predicted_iou = scored.predicted_iou()
+        if not np.isfinite(predicted_iou).all():  # it would pass for a mask of low quality
+            raise ModelOutputError(f"predicted IoU is not finite at the prompts from {first}")
         # Filter by predicted IoU
         keep = (
             predicted_iou > config.pred_iou_thresh if config.pred_iou_thresh > 0 else np.full(predicted_iou.shape, True)
@@ -328,6 +374,8 @@ def _measure(
     start = time.perf_counter()
     candidates = []
     for row, token in zip(rows, tokens, strict=True):
+        if not np.isfinite(logits[row, token]).all():
+            raise ModelOutputError(f"mask logits are not finite at the prompt {points_xy[row].tolist()}")
         measured = measure_mask(logits[row, token], upsampling, config.mask_threshold, config.stability_score_offset)
         stable = config.stability_score_thresh <= 0 or measured.stability_score >= config.stability_score_thresh
         # A copy, so that the batch's other logits can be freed.
@@ -337,36 +385,23 @@ def _measure(
     return MeasuredBatch(candidates, time.perf_counter() - start)
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """A mask that survived its crop."""
-
-    mask: Mask
-    runs: rle.Runs
-    box_xyxy: np.ndarray  # inclusive pixel indices of the image, as the reference has it
-    crop: CropBox
-
-
 def select_masks(
-    proposals: list[Proposals], size_hw: tuple[int, int], config: AmgConfig, seconds: Seconds = Seconds()
+    selected: list[Future[SelectedInCrop]], size_hw: tuple[int, int], config: AmgConfig, seconds: Seconds = Seconds()
 ) -> ImageMasks:
-    """Filters and deduplicates the proposals of all crops of an image and encodes what is left.
+    """Deduplicates and filters what all crops of an image have left.
 
     Args:
+      selected: of propose_image.
       size_hw: (H, W) of the image.
-      seconds: spent on the image so far; the time spent here is added.
+      seconds: spent on the image so far; the time spent on the host is added.
     """
-    batches = [[batch.result() for batch in crop_proposals.batches] for crop_proposals in proposals]
+    crops = [future.result() for future in selected]
     start = time.perf_counter()
-    masks: list[_Encoded] = []
-    dropped = Dropped()
-    for crop_proposals, crop_batches in zip(proposals, batches, strict=True):
-        crop_masks, crop_dropped = _select_in_crop(crop_proposals, crop_batches, size_hw, config)
-        masks += crop_masks
-        dropped += crop_dropped
+    masks = [mask for crop in crops for mask in crop.masks]
+    dropped = sum((crop.dropped for crop in crops), Dropped())
 
     # Remove duplicates between crops; masks from smaller crops are preferred
-    if len(proposals) > 1:
+    if len(crops) > 1:
         areas = np.array([mask.crop.size_hw[0] * mask.crop.size_hw[1] for mask in masks], np.float32)
         keep = _nms(masks, np.float32(1) / areas, config.crop_nms_thresh, config.nms_by)
         dropped += Dropped(crop_nms=len(masks) - len(keep))
@@ -390,19 +425,19 @@ def select_masks(
         dropped += Dropped(max_masks=len(masks) - config.max_masks)
         masks = [masks[i] for i in np.sort(best)]
 
-    postprocess = time.perf_counter() - start + sum(batch.seconds for crop_batches in batches for batch in crop_batches)
+    postprocess = time.perf_counter() - start + sum(crop.seconds for crop in crops)
     return ImageMasks(
         tuple(mask.mask for mask in masks),
-        num_candidates=sum(crop_proposals.num_candidates for crop_proposals in proposals),
+        num_candidates=sum(crop.num_candidates for crop in crops),
         dropped=dropped,
         seconds=seconds + Seconds(postprocess=postprocess),
     )
 
 
-def _select_in_crop(
-    proposals: Proposals, batches: list[MeasuredBatch], size_hw: tuple[int, int], config: AmgConfig
-) -> tuple[list[_Encoded], Dropped]:
+def _select_in_crop(proposals: Proposals, size_hw: tuple[int, int], config: AmgConfig) -> SelectedInCrop:
     """The candidates of one crop that are stable, whole and no duplicates, best predicted IoU first."""
+    batches = [batch.result() for batch in proposals.batches]
+    start = time.perf_counter()
     proposed = [candidate for batch in batches for candidate in batch.candidates]
 
     # Filter by stability (the measurement has let go of the logits of the others)
@@ -421,12 +456,14 @@ def _select_in_crop(
         encoded = [_encode(stable[i], proposals, size_hw, config) for i in whole]
         keep = _nms(encoded, scores, config.box_nms_thresh, config.nms_by)
         masks = [encoded[i] for i in keep]
-    return masks, Dropped(
+    dropped = Dropped(
         predicted_iou=proposals.dropped_predicted_iou,
         stability=len(proposed) - len(stable),
         crop_edge=len(stable) - len(whole),
         box_nms=len(whole) - len(keep),
     )
+    seconds = time.perf_counter() - start + sum(batch.seconds for batch in batches)
+    return SelectedInCrop(masks, proposals.num_candidates, dropped, seconds)
 
 
 def _encode(candidate: Candidate, proposals: Proposals, size_hw: tuple[int, int], config: AmgConfig) -> _Encoded:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transforms.images import has_image_extension
-from transforms.records import Chunk, EncodedImage, Failure, Shard, SourceFile
+from transforms.records import Chunk, EncodedImage, Failure, Shard, SourceFile, printable
 from transforms.source import BUFFER_BYTES, decompress, describe_error, open_file, read_up_to
 
 # A chunk also closes at this many bytes of encoded images, since it is held in memory.
@@ -105,8 +105,8 @@ def read_images(shard: Shard, config: ReadConfig, root: str) -> Iterator[Encoded
     rows = itertools.count(shard.first_row)
     for sample, image_id, row in zip(itertools.islice(samples, shard.max_images), image_ids, rows, strict=False):
         reason = sample.reason or (None if sample.data else "the image has no bytes")
-        failure = Failure("read", _printable(reason)[:MAX_REASON]) if reason else None
-        yield EncodedImage(_printable(image_id), row, sample.key, sample.file_name, sample.data, failure)
+        failure = Failure("read", printable(reason)[:MAX_REASON]) if reason else None
+        yield EncodedImage(printable(image_id), row, sample.key, sample.file_name, sample.data, failure)
 
 
 def read_chunks(
@@ -170,7 +170,7 @@ def relative_path(path: str, root: str) -> str:
 
 def read_loose(file: SourceFile) -> Sample:
     """One image file."""
-    name = _printable(file.path.rpartition("/")[2])
+    name = printable(file.path.rpartition("/")[2])
     try:
         with open_file(file) as source:
             data = read_up_to(source, MAX_IMAGE_BYTES + 1)
@@ -408,9 +408,4 @@ def _text(value: Any) -> str | None:
     """A key or file name as a record has it."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace") or None
-    return None if value is None else _printable(str(value)) or None
-
-
-def _printable(text: str) -> str:
-    """Text that UTF-8 can store: bytes of a file name that are none become \\xNN."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return None if value is None else printable(str(value)) or None

@@ -12,6 +12,11 @@ FORMATS = ("tfrecord", "tar", "parquet", "image")
 MAX_FAILURES_SHOWN = 10
 
 
+def printable(text: str) -> str:
+    """Text that UTF-8 can store: bytes of a file name that are none become \\xNN."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """An input file as the file system lists it."""

@@ -25,14 +25,29 @@ def committed_chunks(output: str) -> dict[str, list[int]]:
     """The indices of the committed chunks of each shard, ascending: those that have both their files."""
     found: dict[str, list[int]] = {}
     for name in sorted(_file_names(output, IMAGES_DIR) & _file_names(output, ANNOTATIONS_DIR)):
-        shard, index = parse_chunk_name(name)
-        found.setdefault(shard, []).append(index)
+        if parsed := parse_chunk_name(name):  # people put other files there
+            found.setdefault(parsed[0], []).append(parsed[1])
     return {shard: sorted(indices) for shard, indices in found.items()}
 
 
 def _file_names(output: str, directory: str) -> set[str]:
     pattern = FileSystems.join(escape_glob(output), directory, "*.parquet")
     return {FileSystems.split(file.path)[1] for match in FileSystems.match([pattern]) for file in match.metadata_list}
+
+
+def check_directories(committed: dict[str, list[int]], shards: Collection[Shard]) -> None:
+    """A directory that lost files at its end has fewer chunks than were labeled: no Shard is left to notice that.
+
+    Raises:
+      InputChanged
+    """
+    last = {shard.name: shard for shard in shards if shard.format == "image"}  # in the order of their chunks
+    for name, shard in last.items():
+        if committed.get(name, [-1])[-1] > shard.first_chunk:
+            raise InputChanged(
+                f"{shard.path} has fewer files than when it was labeled: it had {committed[name][-1] + 1} chunks, now "
+                f"{shard.first_chunk + 1}. Restore them, label into another --output, or start anew with --overwrite."
+            )
 
 
 def count_orphans(committed: dict[str, list[int]], shards: Collection[Shard]) -> int:
@@ -46,11 +61,14 @@ def count_orphans(committed: dict[str, list[int]], shards: Collection[Shard]) ->
     )
 
 
-def read_report(output: str, shard: str, index: int) -> ChunkReport:
-    """The report in a committed chunk's images file; only the file's footer is read."""
+def read_report(output: str, shard: str, index: int) -> ChunkReport | None:
+    """The report in a committed chunk's images file, None if the file is damaged; only its footer is read."""
     path = FileSystems.join(output, IMAGES_DIR, chunk_name(shard, index))
     with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-        return report_from_metadata(pq.read_schema(file).metadata)
+        try:
+            return report_from_metadata(pq.read_schema(file).metadata)
+        except (ValueError, KeyError, TypeError):  # pyarrow's errors of broken files are ValueErrors, too
+            return None
 
 
 def finished_reports(shard: Shard, root: str, committed: list[int], config: OutputConfig) -> list[ChunkReport]:
@@ -64,7 +82,8 @@ def finished_reports(shard: Shard, root: str, committed: list[int], config: Outp
     """
     if shard.format == "image":  # such a Shard is one chunk of its directory
         committed = [index for index in committed if index == shard.first_chunk]
-    reports = [read_report(config.output, shard.name, index) for index in committed]
+    found = [read_report(config.output, shard.name, index) for index in committed]
+    reports = [report for report in found if report is not None]
     for report in reports:
         if report.digest != chunk_digest(shard, root):
             change = f"it was {report.source}, now it is {shard.source}"

@@ -126,7 +126,7 @@ def embed_context(weights: Weights, shape: DecoderShape, embedding: Any) -> list
     Returns:
       for the input of each layer and of the final attention: base (L, C), what the image gives to the image tokens;
       centered (L, C), base less its mean over the channels; square (L,) float32, the squared length of centered;
-      with_position (L, C), the position and the constant of the image tokens, which all images share.
+      position (L, C), the position and the constant of the image tokens, which all images share.
     """
     position = weights["image_position"]
     base = ops.reshape(embedding, (shape.grid**2, -1)) + weights["no_mask"]

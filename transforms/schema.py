@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from transforms.records import ChunkReport, Dropped, LabeledChunk, LabeledImage, Mask, Totals
+from transforms.records import ChunkReport, Dropped, LabeledChunk, LabeledImage, Mask, Totals, printable
 
 # Keys of the files' own metadata. REPORT_KEY holds the chunk's ChunkReport, RUN_KEY the content of run.json.
 REPORT_KEY = b"maskbeam.report"
@@ -138,7 +138,7 @@ def image_row(image: LabeledImage, shard_path: str) -> dict[str, Any]:
         "file_name": image.source.file_name,
         "width": width,
         "height": height,
-        "shard": shard_path,
+        "shard": printable(shard_path),
         "row": image.source.row,
         "sha256": image.sha256 or None,
         "status": image.status,

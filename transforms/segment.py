@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import logging
 import os
 import struct
@@ -98,13 +99,13 @@ class ModelBroken(RuntimeError):
 class ModelHealth:
     """Tells a bad image from a broken model, over the chunks of one process."""
 
-    worked: bool = False
+    last_good: _Decoded | None = None
     failures_in_a_row: int = 0
     reasons: list[str] = field(default_factory=list)
 
-    def succeeded(self) -> None:
+    def succeeded(self, image: _Decoded) -> None:
         """An image got through."""
-        self.worked, self.failures_in_a_row = True, 0
+        self.last_good, self.failures_in_a_row = image, 0
         self.reasons.clear()
 
     def failed(self, image_id: str, error: Exception) -> None:
@@ -114,10 +115,21 @@ class ModelHealth:
         if self.failures_in_a_row >= _MAX_MODEL_FAILURES_IN_A_ROW:
             self.give_up(error)
 
-    def check_chunk(self, error: Exception | None) -> None:
-        """At the end of a chunk: a model that never worked is broken, however few images there were."""
-        if error is not None and not self.worked:
+    def check_chunk(self, error: Exception | None, generate: Callable[[_Decoded], Future[ImageMasks]]) -> None:
+        """At the end of a chunk whose last images failed, with the last of their errors: is it the model?
+
+        A model that never worked is broken, however few images there were; one that fails on the last image that it
+        could label has broken since.
+        """
+        if error is None or not self.failures_in_a_row:
+            return
+        if self.last_good is None:
             self.give_up(error)
+        else:
+            try:
+                generate(self.last_good).result()
+            except Exception as broken:
+                self.give_up(broken)
 
     def give_up(self, error: Exception) -> None:
         """Raises ModelBroken."""
@@ -179,7 +191,7 @@ def label_chunk(
                 health.failed(decoded.labeled.source.image_id, error)
                 done(replace(decoded.labeled, failure=Failure("model", _describe(error))))
                 return
-        health.succeeded()
+        health.succeeded(decoded)
         done(
             replace(
                 decoded.labeled,
@@ -206,7 +218,7 @@ def label_chunk(
             finish_oldest()
     while behind:
         finish_oldest()
-    health.check_chunk(last_error)
+    health.check_chunk(last_error, lambda decoded: _generate(sam, decoded, amg_config, threads))
     return LabeledChunk(chunk.shard, chunk.index, tuple(labeled), chunk.final, chunk.digest)
 
 
@@ -238,13 +250,13 @@ def _decode(image: EncodedImage, image_config: ImageConfig, amg_config: AmgConfi
 def _generate(sam: Sam, decoded: _Decoded, config: AmgConfig, threads: ThreadPoolExecutor) -> Future[ImageMasks]:
     """Runs the model now; the future is of the masks. An error of the model becomes the future's."""
     try:
-        proposals, seconds = propose_image(sam, decoded.crops, config, threads.submit)
+        selected, seconds = propose_image(sam, decoded.crops, config, threads.submit)
     except Exception as error:
         failed: Future[ImageMasks] = Future()
         failed.set_exception(error)
         return failed
     assert decoded.labeled.size_hw is not None  # decoding succeeded
-    return threads.submit(select_masks, proposals, decoded.labeled.size_hw, config, seconds)
+    return threads.submit(select_masks, selected, decoded.labeled.size_hw, config, seconds)
 
 
 def _describe(error: Exception) -> str:
@@ -322,7 +334,7 @@ class _GenerateMasksFn(beam.DoFn):
 
     def process(self, chunk: Chunk) -> Iterator[LabeledChunk]:
         with self._model.lock:
-            yield label_chunk(
+            labeled = label_chunk(
                 self._model.sam,
                 chunk,
                 self._image_config,
@@ -331,6 +343,7 @@ class _GenerateMasksFn(beam.DoFn):
                 self._model.health,
                 image_done=self._image_done,
             )
+        yield labeled
 
     def _image_done(self, image: LabeledImage) -> None:
         if self._progress is not None:
@@ -341,8 +354,12 @@ def use_backend(backend: str) -> None:
     """Sets the Keras backend of this process.
 
     Raises:
-      RuntimeError: Keras already runs another one.
+      RuntimeError: there is no such backend here, or Keras already runs another one.
     """
+    if backend not in ("tensorflow", "jax"):
+        raise RuntimeError(f"KERAS_BACKEND must be tensorflow or jax, got {backend}")
+    if importlib.util.find_spec(backend) is None:
+        raise RuntimeError(f"KERAS_BACKEND is {backend}, but {backend} is not installed: pip install {backend}")
     os.environ.setdefault("KERAS_BACKEND", backend)
     if os.environ["KERAS_BACKEND"] != backend:
         raise RuntimeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,9 +23,11 @@ def sum_totals(totals: Iterable[Totals]) -> Totals:
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:
-    """Writes a JSON file on any Beam file system, replacing it."""
-    with FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+    """Writes a JSON file on any Beam file system, replacing it as a whole."""
+    temporary = f"{path}.{uuid.uuid4().hex}"
+    with FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED) as file:
         file.write(json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+    FileSystems.rename([temporary], [path])
 
 
 def read_json(path: str) -> dict[str, Any]:

@@ -77,10 +77,10 @@ def chunk_name(shard: str, index: int) -> str:
     return f"{shard}-{index:05d}.parquet"
 
 
-def parse_chunk_name(name: str) -> tuple[str, int]:
-    """Inverse of chunk_name."""
+def parse_chunk_name(name: str) -> tuple[str, int] | None:
+    """Inverse of chunk_name; None for other names."""
     shard, _, index = name.removesuffix(".parquet").rpartition("-")
-    return shard, int(index)
+    return (shard, int(index)) if shard and index.isdecimal() else None
 
 
 def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> ChunkReport:
@@ -103,10 +103,22 @@ def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> Chunk
         staged.append((temporary, FileSystems.join(output, directory, name)))
     for directory in (ANNOTATIONS_DIR, IMAGES_DIR):
         _make_dirs(FileSystems.join(output, directory))
+    # A chunk that is done again is not committed while its annotations change.
+    delete_file(FileSystems.join(output, IMAGES_DIR, name))
     for temporary, final in staged:
         FileSystems.rename([temporary], [final])
     seconds = report.totals.seconds + Seconds(write=time.perf_counter() - start)
     return replace(report, totals=replace(report.totals, seconds=seconds))
+
+
+def delete_file(path: str) -> None:
+    """Deletes a file, if it is there, on any file system."""
+    if not FileSystems.exists(path):
+        return
+    if FileSystems.get_scheme(path) is None:
+        os.remove(path)  # Beam would take the name for a pattern
+    else:
+        FileSystems.delete([path])
 
 
 def _write_file(path: str, table: pa.Table) -> None:
