@@ -19,6 +19,7 @@ from transforms.embedded import resolve_preset
 from transforms.match import absolute
 from transforms.records import Shard
 from transforms.resume import committed_chunks
+from transforms.segment import native_stderr_silenced
 from transforms.summary import SUMMARY_FILE, read_json, write_json
 from transforms.write import (
     ANNOTATIONS_DIR,
@@ -110,7 +111,8 @@ def _preset_file(directory: str, name: str) -> str:
     """Path of a preset's file; presets known by name are downloaded to KerasHub's cache."""
     if _is_directory(directory):
         return FileSystems.join(directory, name)
-    from keras_hub.src.utils.preset_utils import get_file  # there is no public way to a preset's files
+    with native_stderr_silenced():
+        from keras_hub.src.utils.preset_utils import get_file  # there is no public way to a preset's files
 
     return get_file(directory, name)
 

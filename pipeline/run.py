@@ -234,5 +234,6 @@ def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output:
         lines.append(f"{outcome.images / outcome.seconds:.2f} images/s ({outcome.images} in {outcome.seconds:.1f} s)")
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in vars(totals.seconds).items())
     lines.append(f"seconds in {seconds}")
-    lines.append(f"labels: {output}/annotations/*.parquet, {output}/images/*.parquet")
+    directory = output.rstrip("/")
+    lines.append(f"labels: {directory}/annotations/*.parquet, {directory}/images/*.parquet")
     return "\n".join(lines)

@@ -65,14 +65,14 @@ LoadSam = Callable[[ModelConfig], Sam]
 
 def load_model(config: ModelConfig) -> Sam:
     """Loads the model. Keras is imported here, so that launching a job does not need it."""
-    with _native_stderr_silenced():
+    with native_stderr_silenced():
         from transforms.sam import load_sam
 
         return load_sam(config.model, config.dtype)
 
 
 @contextlib.contextmanager
-def _native_stderr_silenced() -> Iterator[None]:
+def native_stderr_silenced() -> Iterator[None]:
     """Hides what TensorFlow's native code says of CPU features and missing GPUs as it starts.
 
     No environment variable turns that off. Errors are Python exceptions and not affected, nor is what Python prints.
