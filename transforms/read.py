@@ -47,19 +47,17 @@ class ReadConfig:
     """
 
     tfrecord_image: tuple[str, ...] = (
-        *(
-            "image/encoded",
-            "image",
-            "image_raw",
-            "image_bytes",
-            "encoded",
-            "img",
-            "jpg",
-            "jpeg",
-            "png",
-            "webp",
-            "bytes",
-        ),
+        "image/encoded",
+        "image",
+        "image_raw",
+        "image_bytes",
+        "encoded",
+        "img",
+        "jpg",
+        "jpeg",
+        "png",
+        "webp",
+        "bytes",
     )
     tfrecord_key: tuple[str, ...] = ("image/source_id", "image/key/sha256", "image/id", "image_id", "id", "key")
     tfrecord_file_name: tuple[str, ...] = ("image/filename", "image/file_name", "file_name", "filename", "path")

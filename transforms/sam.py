@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +114,15 @@ class Sam:
             embedding = encode_image(encoder, encoder_shape, frame, resized_hw, dtype)
             return embed_context(decoder, decoder_shape, embedding)
 
+        def score(decoder: Weights, context: list[Weights], points: Any) -> tuple[Any, ...]:
+            return predict_iou(decoder, decoder_shape, context, points)
+
+        def upscale(upscaling: Weights, *parts: Any) -> Any:
+            return upscale_masks(upscaling, decoder_shape, *parts)
+
         self._embed = compile_for_backend(embed)
-        self._predict_iou = compile_for_backend(partial(_reorder(predict_iou), decoder_shape))
-        self._upscale_masks = compile_for_backend(partial(_reorder(upscale_masks), decoder_shape))
+        self._predict_iou = compile_for_backend(score)
+        self._upscale_masks = compile_for_backend(upscale)
 
     def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> list[Weights]:
         """See transforms.amg.Sam."""
@@ -145,11 +150,6 @@ class Sam:
             rows_left = len(prompts) - first
             logits[first : first + batch] = ops.convert_to_numpy(part)[:rows_left]
         return logits
-
-
-def _reorder(function: Callable[..., Any]) -> Callable[..., Any]:
-    """function(weights, shape, ...) -> function(shape, weights, ...), so that partial can fix the shape."""
-    return lambda shape, weights, *tensors: function(weights, shape, *tensors)
 
 
 def _to_device(weights: Any, dtype: str, name: str = "") -> Any:
