@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
 
-_USAGE = """usage: maskbeam COMMAND ...
-
-commands:
-  label    label images with SAM, from shards to Parquet
-  certify  compare the masks of a lower precision with those of float32 on a sample of the images
-  demo     label a few photos with the embedded model and draw the masks
-
-maskbeam COMMAND --help tells the rest.
-"""
+# Each is a module's main(argv); what it does is shown by --help.
+_COMMANDS = {
+    "label": ("pipeline.label", "label images with SAM, from shards to Parquet"),
+    "certify": (
+        "pipeline.certify",
+        "compare the masks of a lower precision with those of float32 on a sample of the images",
+    ),
+    "demo": ("pipeline.demo", "label a few photos with the embedded model and draw the masks"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
     if command in ("", "-h", "--help"):
-        print(_USAGE, end="")
+        print(_usage(), end="")
         return 0 if command else 2
     _quiet_libraries()
     try:
@@ -36,20 +37,26 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def _usage() -> str:
+    width = max(len(command) for command in _COMMANDS) + 2
+    commands = "".join(f"  {command:{width}}{does}\n" for command, (_, does) in _COMMANDS.items())
+    return f"usage: maskbeam COMMAND ...\n\ncommands:\n{commands}\nmaskbeam COMMAND --help tells the rest.\n"
+
+
 def _run(command: str, argv: list[str]) -> int:
-    # Imported late: they bring Beam with them, and --help should not wait for it.
-    from pipeline import certify, demo, label
+    if command not in _COMMANDS:
+        print(f"maskbeam: unknown command {command}, expected one of {', '.join(_COMMANDS)}", file=sys.stderr)
+        return 2
+    # Imported late, and only what is asked for: most bring Beam with them, and --help should not wait for it.
     from pipeline.options import UsageError
 
-    commands = {"label": label.main, "certify": certify.main, "demo": demo.main}
-    if command not in commands:
-        print(f"maskbeam: unknown command {command}, expected one of {', '.join(commands)}", file=sys.stderr)
-        return 2
+    module, _ = _COMMANDS[command]
     try:
-        return commands[command](argv)
+        code: int = importlib.import_module(module).main(argv)
     except UsageError as error:
         print(f"maskbeam {command}: {error}", file=sys.stderr)
         return 2
+    return code
 
 
 def _quiet_libraries() -> None:
