@@ -65,10 +65,11 @@ def test_end_to_end_gives_the_same_masks_in_the_same_order(name: str, sam: Sam) 
     actual = label_image(sam, read_pixels(case), AmgConfig(**case["settings"])).masks
     assert [mask.point_xy for mask in actual] == [tuple(record["point_coords"][0]) for record in case["masks"]]
     assert [mask.crop_box_xywh for mask in actual] == [tuple(record["crop_box"]) for record in case["masks"]]
-    for field in ("predicted_iou", "stability_score"):
-        np.testing.assert_allclose(
-            [getattr(mask, field) for mask in actual], [record[field] for record in case["masks"]], atol=1e-3
-        )
+    expected_iou = [record["predicted_iou"] for record in case["masks"]]
+    np.testing.assert_allclose([mask.predicted_iou for mask in actual], expected_iou, atol=1e-5)
+    # A pixel at one of the two thresholds may change sides.
+    for mask, record in zip(actual, case["masks"], strict=True):
+        assert abs(mask.stability_score - record["stability_score"]) <= 1.01 / max(mask.area, 1)
 
 
 def test_end_to_end_masks_are_identical_but_for_rounding(sam: Sam) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -209,22 +209,22 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class MeasuredBatch:
-    """The candidates of one batch of prompts, and the seconds it took to measure them."""
+class ProposedBatch:
+    """The candidates of one batch of prompts, and the seconds that its thread took."""
 
     candidates: list[Candidate]
-    seconds: float
+    dropped_predicted_iou: int
+    seconds: Seconds
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """What the device made of one crop; `batches` are futures of the host's measurements."""
+    """What the model makes of one crop: a future for each batch of prompts."""
 
     crop: CropBox
     upsampling: Upsampling
-    batches: list[Future[MeasuredBatch]]
+    batches: list[Future[ProposedBatch]]
     num_candidates: int
-    dropped_predicted_iou: int
 
 
 @dataclass(frozen=True)
@@ -239,12 +239,12 @@ class _Encoded:
 
 @dataclass(frozen=True)
 class SelectedInCrop:
-    """What is left of one crop, best predicted IoU first, and the seconds that the host spent on it."""
+    """What is left of one crop, best predicted IoU first."""
 
     masks: list[_Encoded]
     num_candidates: int
     dropped: Dropped
-    seconds: float
+    seconds: Seconds
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,8 @@ def label_image(sam: Sam, pixels: np.ndarray, config: AmgConfig, submit: Submit 
     Args:
       sam: the model, from transforms.sam.load_sam.
       pixels: (H, W, 3) uint8 RGB.
-      submit: how to run work on the host: `transforms.threads.host_threads().submit` overlaps it with the device.
+      submit: how to run batches of prompts and work on the host: `transforms.threads.host_threads().submit` does so
+        side by side.
     """
     selected, seconds = propose_image(sam, prepare_crops(pixels, config, sam.frame_size), config, submit)
     return select_masks(selected, pixels.shape[:2], config, seconds)
@@ -294,71 +295,62 @@ def prepare_crops(pixels: np.ndarray, config: AmgConfig, frame_size: int) -> lis
 def propose_image(
     sam: Sam, crops: list[Crop], config: AmgConfig, submit: Submit = call_now
 ) -> tuple[list[Future[SelectedInCrop]], Seconds]:
-    """Runs the model on all crops of an image; what is left of a crop is selected as soon as it is measured.
+    """Embeds all crops of an image; the rest of the work on a crop is submitted as soon as it is embedded.
 
-    So the logits of one crop are let go while the next is in work. The time in embed and predict_masks is wall time of
-    this thread.
+    So while this thread embeds the next crop or image, others prompt the one before.
     """
-    selected, embed = [], 0.0
+    selected = []
     size_hw = crops[0].box.size_hw  # the first crop is the whole image
     start = time.perf_counter()
     for crop in crops:
-        began = time.perf_counter()
         context = sam.embed(crop.frame, crop.resized_hw)
-        embed += time.perf_counter() - began
         proposals = propose_masks(sam, context, crop.box, config, submit)
-        # It waits for measurements that were submitted before it, so a pool of any size gets through.
+        # It waits for batches that were submitted before it, so a pool of any size gets through.
         selected.append(submit(_select_in_crop, proposals, size_hw, config))
-    return selected, Seconds(embed=embed, predict_masks=time.perf_counter() - start - embed)
+    return selected, Seconds(embed=time.perf_counter() - start)
 
 
 def propose_masks(sam: Sam, context: Any, crop: CropBox, config: AmgConfig, submit: Submit = call_now) -> Proposals:
-    """Prompts one crop with its grid; only candidates that pass the predicted IoU leave the device as logits."""
+    """Prompts one crop with its grid, in batches.
+
+    Each batch is one call of submit, from its points to the measured candidates. Several threads keep the device busy:
+    one measures on the host while another's batch is on the device, and on a CPU their programs fill each other's gaps.
+    """
     points = layer_point_grids(config)[crop.layer] * np.array(crop.size_hw[::-1])
     frame_points = to_frame_points(points, crop.size_hw, sam.frame_size)
     upsampling = Upsampling.build(crop.size_hw, sam.low_size, sam.frame_size)
 
-    def score(first: int) -> tuple[int, Scored]:
-        batch = frame_points[first : first + config.points_per_batch]
-        return first, sam.score(context, batch, config.points_per_batch)
+    def propose(first: int) -> ProposedBatch:
+        batch = slice(first, first + config.points_per_batch)
+        return _propose_batch(sam, context, points[batch], frame_points[batch], upsampling, config)
 
-    batches, dropped = [], 0
-    for first, scored in _one_ahead(score(first) for first in range(0, len(points), config.points_per_batch)):
-        predicted_iou = scored.predicted_iou()
-        if not np.isfinite(predicted_iou).all():  # it would pass for a mask of low quality
-            raise ModelOutputError(f"predicted IoU is not finite at the prompts from {first}")
-        # Filter by predicted IoU
-        keep = (
-            predicted_iou > config.pred_iou_thresh if config.pred_iou_thresh > 0 else np.full(predicted_iou.shape, True)
-        )
-        dropped += int((~keep).sum())
-        prompts = np.flatnonzero(keep.any(axis=1))
-        if not prompts.size:
-            continue
-        logits = sam.low_res_logits(scored, prompts)
-        rows, tokens = np.nonzero(keep[prompts])
-        batches.append(
-            submit(
-                _measure,
-                logits,
-                rows,
-                tokens,
-                predicted_iou[prompts],
-                points[first + prompts],
-                upsampling,
-                config,
-            )
-        )
-    return Proposals(crop, upsampling, batches, len(points) * MASKS_PER_POINT, dropped)
+    batches = [submit(propose, first) for first in range(0, len(points), config.points_per_batch)]
+    return Proposals(crop, upsampling, batches, len(points) * MASKS_PER_POINT)
 
 
-def _one_ahead(batches: Iterator[Any]) -> Iterator[Any]:
-    """Starts the next batch before the last one is looked at, so that the device never waits for the host."""
-    waiting = next(batches, None)
-    while waiting is not None:
-        following = next(batches, None)
-        yield waiting
-        waiting = following
+def _propose_batch(
+    sam: Sam,
+    context: Any,
+    points_xy: np.ndarray,
+    frame_points: np.ndarray,
+    upsampling: Upsampling,
+    config: AmgConfig,
+) -> ProposedBatch:
+    """Only candidates that pass the predicted IoU leave the device as logits."""
+    start = time.perf_counter()
+    scored = sam.score(context, frame_points, config.points_per_batch)
+    predicted_iou = scored.predicted_iou()
+    if not np.isfinite(predicted_iou).all():  # it would pass for a mask of low quality
+        raise ModelOutputError(f"predicted IoU is not finite at the prompts from {points_xy[0].tolist()}")
+    # Filter by predicted IoU
+    keep = predicted_iou > config.pred_iou_thresh if config.pred_iou_thresh > 0 else np.full(predicted_iou.shape, True)
+    prompts = np.flatnonzero(keep.any(axis=1))
+    logits = sam.low_res_logits(scored, prompts) if prompts.size else np.empty((0,))
+    predicted = time.perf_counter()
+    rows, tokens = np.nonzero(keep[prompts])
+    candidates = _measure(logits, rows, tokens, predicted_iou[prompts], points_xy[prompts], upsampling, config)
+    seconds = Seconds(predict_masks=predicted - start, postprocess=time.perf_counter() - predicted)
+    return ProposedBatch(candidates, int((~keep).sum()), seconds)
 
 
 def _measure(
@@ -369,9 +361,8 @@ def _measure(
     points_xy: np.ndarray,
     upsampling: Upsampling,
     config: AmgConfig,
-) -> MeasuredBatch:
+) -> list[Candidate]:
     """Stability and box of the candidates (rows, tokens) of a batch; unstable ones keep no logits."""
-    start = time.perf_counter()
     candidates = []
     for row, token in zip(rows, tokens, strict=True):
         if not np.isfinite(logits[row, token]).all():
@@ -382,7 +373,7 @@ def _measure(
         kept_logits = logits[row, token].copy() if stable else np.empty((0, 0), np.float32)
         point = float(points_xy[row, 0]), float(points_xy[row, 1])
         candidates.append(Candidate(predicted_iou[row, token], point, kept_logits, measured))
-    return MeasuredBatch(candidates, time.perf_counter() - start)
+    return candidates
 
 
 def select_masks(
@@ -393,7 +384,7 @@ def select_masks(
     Args:
       selected: of propose_image.
       size_hw: (H, W) of the image.
-      seconds: spent on the image so far; the time spent on the host is added.
+      seconds: spent on the image so far; what the crops and this took is added.
     """
     crops = [future.result() for future in selected]
     start = time.perf_counter()
@@ -425,12 +416,12 @@ def select_masks(
         dropped += Dropped(max_masks=len(masks) - config.max_masks)
         masks = [masks[i] for i in np.sort(best)]
 
-    postprocess = time.perf_counter() - start + sum(crop.seconds for crop in crops)
+    seconds = sum((crop.seconds for crop in crops), seconds)
     return ImageMasks(
         tuple(mask.mask for mask in masks),
         num_candidates=sum(crop.num_candidates for crop in crops),
         dropped=dropped,
-        seconds=seconds + Seconds(postprocess=postprocess),
+        seconds=seconds + Seconds(postprocess=time.perf_counter() - start),
     )
 
 
@@ -457,12 +448,12 @@ def _select_in_crop(proposals: Proposals, size_hw: tuple[int, int], config: AmgC
         keep = _nms(encoded, scores, config.box_nms_thresh, config.nms_by)
         masks = [encoded[i] for i in keep]
     dropped = Dropped(
-        predicted_iou=proposals.dropped_predicted_iou,
+        predicted_iou=sum(batch.dropped_predicted_iou for batch in batches),
         stability=len(proposed) - len(stable),
         crop_edge=len(stable) - len(whole),
         box_nms=len(whole) - len(keep),
     )
-    seconds = time.perf_counter() - start + sum(batch.seconds for batch in batches)
+    seconds = sum((batch.seconds for batch in batches), Seconds(postprocess=time.perf_counter() - start))
     return SelectedInCrop(masks, proposals.num_candidates, dropped, seconds)
 
 

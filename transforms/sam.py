@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +59,24 @@ def load_sam(preset: str, dtype: str = "float32") -> Sam:
     return Sam(backbone, dtype)
 
 
-def compile_for_backend(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a function of tensors with XLA. The only place that knows which backend runs."""
+def compile_for_backend(function: Callable[..., Any], weights: Any) -> Callable[..., Any]:
+    """Compiles a function of weights and tensors with XLA and binds the weights. The only place that knows the backend.
+
+    The weights stay arguments of the compiled program in any case; as constants they would be compiled into it.
+    """
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow
 
-        return tensorflow.function(function, jit_compile=True)
+        # A function's captured tensors cost less in every call than its arguments: 2 ms for the decoder's.
+        return tensorflow.function(lambda *tensors: function(weights, *tensors), jit_compile=True)
     if backend == "jax":
         import jax
 
         if jax.config.jax_compilation_cache_dir is None:  # the next process need not compile again
             jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "maskbeam" / "jax"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        return jax.jit(function)
+        return partial(jax.jit(function), weights)
     raise ValueError(f"KERAS_BACKEND must be tensorflow or jax, got {backend}")
 
 
@@ -97,7 +102,7 @@ class ScoredPrompts:
 class Sam:
     """A SAM on the device. Implements the protocol transforms.amg.Sam.
 
-    Not for concurrent use: one thread feeds the device.
+    Several threads may use it at once.
     """
 
     def __init__(self, backbone: Any, dtype: str = "float32") -> None:
@@ -107,34 +112,34 @@ class Sam:
         self.low_size = 4 * decoder_shape.grid
         values = self.low_size**2 * backbone.mask_decoder.embedding_dim // 8
         self._upscale_batch = max(min(_MAX_UPSCALE_VALUES // values, _MAX_UPSCALE_BATCH), 1)
-        self._encoder_weights = _to_device(encoder_weights, dtype)
-        self._decoder_weights = _to_device(decoder_weights, dtype)
+        encoder = _to_device(encoder_weights, dtype)
+        decoder = _to_device(decoder_weights, dtype)
 
-        def embed(encoder: Weights, decoder: Weights, frame: Any, resized_hw: Any) -> list[Weights]:
-            embedding = encode_image(encoder, encoder_shape, frame, resized_hw, dtype)
-            return embed_context(decoder, decoder_shape, embedding)
+        def embed(weights: Any, frame: Any, resized_hw: Any) -> Weights:
+            encoder, decoder = weights
+            return embed_context(decoder, decoder_shape, encode_image(encoder, encoder_shape, frame, resized_hw, dtype))
 
-        def score(decoder: Weights, context: list[Weights], points: Any) -> tuple[Any, ...]:
-            return predict_iou(decoder, decoder_shape, context, points)
+        def score(weights: Weights, context: Weights, points: Any) -> tuple[Any, ...]:
+            return predict_iou(weights, decoder_shape, context, points)
 
-        def upscale(upscaling: Weights, *parts: Any) -> Any:
-            return upscale_masks(upscaling, decoder_shape, *parts)
+        def upscale(weights: Weights, *parts: Any) -> Any:
+            return upscale_masks(weights, decoder_shape, *parts)
 
-        self._embed = compile_for_backend(embed)
-        self._predict_iou = compile_for_backend(score)
-        self._upscale_masks = compile_for_backend(upscale)
+        self._embed = compile_for_backend(embed, (encoder, decoder))
+        self._predict_iou = compile_for_backend(score, decoder)
+        self._upscale_masks = compile_for_backend(upscale, decoder["upscaling"])
 
-    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> list[Weights]:
+    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> Weights:
         """See transforms.amg.Sam."""
-        return self._embed(self._encoder_weights, self._decoder_weights, frame, np.array(resized_hw, np.int32))
+        return self._embed(frame, np.array(resized_hw, np.int32))
 
-    def score(self, context: list[Weights], points_xy: np.ndarray, points_per_batch: int) -> ScoredPrompts:
+    def score(self, context: Weights, points_xy: np.ndarray, points_per_batch: int) -> ScoredPrompts:
         """See transforms.amg.Sam."""
         # SAM prompts the middle of a pixel. In double until the last step, as the reference does.
         points = np.zeros((points_per_batch, 2))
         points[: len(points_xy)] = (points_xy + 0.5) / self.frame_size
-        iou, *parts = self._predict_iou(self._decoder_weights, context, points.astype(np.float32))
-        return ScoredPrompts(len(points_xy), iou, (context[-1]["base"], *parts))
+        iou, *parts = self._predict_iou(context, points.astype(np.float32))
+        return ScoredPrompts(len(points_xy), iou, (context["upscaling"], *parts))
 
     def low_res_logits(self, scored: ScoredPrompts, prompts: np.ndarray) -> np.ndarray:
         """See transforms.amg.Sam."""
@@ -145,7 +150,7 @@ class Sam:
             rows = np.zeros(batch, np.int32)
             part = prompts[first : first + batch]
             rows[: len(part)] = part
-            pending.append(self._upscale_masks(self._decoder_weights["upscaling"], *scored.parts, rows))
+            pending.append(self._upscale_masks(*scored.parts, rows))
         for first, part in zip(range(0, len(prompts), batch), pending, strict=True):
             rows_left = len(prompts) - first
             logits[first : first + batch] = ops.convert_to_numpy(part)[:rows_left]

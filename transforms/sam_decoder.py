@@ -2,23 +2,26 @@
 
 The decoder gives every prompt image tokens of its own, L = 4096 of C = 256 channels, and goes over them some twenty
 times. They never exist here. All prompts start from the same image tokens, and each layer adds an attention over only
-T = 7 prompt tokens in H = 8 heads, so a prompt's image tokens stay a sum of few terms, exactly up to rounding:
+T = 7 prompt tokens in H = 8 heads of d = 16 channels, so a prompt's image tokens stay a sum of few terms, exactly up to
+rounding:
 
-    tokens[l] = scale[l] * base[l] + sum_r weights[r, l] * rows[r] + constant
+    tokens[l] = scale[l] * (base[l] + sum_r weights[r, l] * rows[r]) + constant
 
-with base (L, C) shared by all prompts and R = 57 or 114 rows a prompt. Attention adds rows (values through the output
-projection) with its softmax as their weights. Layer normalisation is linear but for the variance, which follows from
-the inner products of base and rows; so it changes scale, weights and rows. Products with the image tokens become
-products with base, shared by all prompts, and with the rows.
+with base (L, C) and constant (C,) shared by all prompts and R = 49 or 98 rows a prompt. An attention adds rows (values
+through the output projection) with its softmax as their weights. Layer normalisation is linear but for the variance,
+which follows from the inner products of base and rows; so it changes scale and rows.
 
-Prompt tokens are projected through the weights to C channels instead of the image tokens to the heads:
-q.(Wk k) = (Wk' q).k, sum a(Wv k) = Wv sum(a k), (a V) Wo = a (V Wo). And there are two stages: predict_iou stops before
-the upscaling; upscale_masks does the rest for the prompts that passed the filter, and only for mask tokens 1..3.
+What the prompts multiply with the shared parts has only d channels: queries and values of a head. So embed_context
+projects base for every head once an image, and a prompt's products with it take d, not C, multiplications a pixel.
+
+And there are two stages: predict_iou stops before the upscaling; upscale_masks does the rest for the prompts that
+passed the filter, and only for mask tokens 1..3.
 Reference: segment_anything/modeling/mask_decoder.py and transformer.py, commit dca509f.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +90,7 @@ def read_decoder(prompt_encoder: Any, decoder: Any) -> tuple[DecoderShape, Weigh
         # Mask token 0 is SAM's single-mask answer, which automatic mask generation never reads.
         "hypernetworks": [mlp_weights(network.mlp_block) for network in decoder.output_hypernetworks_mlps[1:]],
         "upscaling": {
-            "first": _read_upscaling(upscaling[0], transformer.layers[-1].layer_norm4),
+            "first": _read_first_upscaling(upscaling[0], transformer.layers[-1].layer_norm4),
             "norm": norm_weights(upscaling[1]),
             "second": _read_upscaling(upscaling[3]),
         },
@@ -104,121 +107,111 @@ def _read_attention(layer: Any) -> Weights:
     }
 
 
-def _read_upscaling(layer: Any, norm_before: Any = None) -> Weights:
-    """A transposed convolution of kernel 2, stride 2 as a matrix (in, 2 * 2 * out): pixels do not overlap.
-
-    The constant that a LayerNormalization before it adds goes into the bias.
-    """
+def _read_upscaling(layer: Any) -> Weights:
+    """A transposed convolution of kernel 2, stride 2 as a matrix (in, 2 * 2 * out): pixels do not overlap."""
     kernel = np.asarray(ops.convert_to_numpy(layer.kernel))  # (2, 2, out, in)
     kernel = kernel.transpose(3, 0, 1, 2).reshape(kernel.shape[3], -1)
-    bias = np.tile(np.asarray(ops.convert_to_numpy(layer.bias)), 4)
-    if norm_before is not None:
-        bias = bias + np.asarray(ops.convert_to_numpy(norm_before.beta)) @ kernel
-    return {"kernel": kernel, "bias": bias}
+    return {"kernel": kernel, "bias": np.tile(np.asarray(ops.convert_to_numpy(layer.bias)), 4)}
 
 
-def embed_context(weights: Weights, shape: DecoderShape, embedding: Any) -> list[Weights]:
+def _read_first_upscaling(layer: Any, norm_before: Any) -> Weights:
+    """The first one, between two LayerNormalizations.
+
+    The constant that the one before adds goes into the bias, and the mean that the one after removes is not there: its
+    channels are centered, so that only their variance is left to do.
+    """
+    upscaling = _read_upscaling(layer)
+    kernel = upscaling["kernel"]
+    bias = upscaling["bias"] + np.asarray(ops.convert_to_numpy(norm_before.beta)) @ kernel
+
+    def center(x: np.ndarray) -> np.ndarray:
+        pixels = x.reshape(*x.shape[:-1], 4, -1)
+        return (pixels - pixels.mean(axis=-1, keepdims=True)).reshape(x.shape)
+
+    return {"kernel": center(kernel), "bias": center(bias)}
+
+
+def embed_context(weights: Weights, shape: DecoderShape, embedding: Any) -> Weights:
     """All that the prompts of one image have in common.
 
     Args:
       embedding: (grid, grid, C).
 
     Returns:
-      for the input of each layer and of the final attention: base (L, C), what the image gives to the image tokens;
-      centered (L, C), base less its mean over the channels; square (L,) float32, the squared length of centered;
-      position (L, C), the position and the constant of the image tokens, which all images share.
+      layers: for each layer
+        to_image, to_token: the tables of its attentions, see _logit_tables and _value_tables;
+        outputs: for this layer and each before it, (H, d, L): what a value of that layer's to_token attention gives
+          when its row meets the centered base;
+        centered: (L, C), base less its mean over the channels; square: (L,) float32, its squared length;
+        constant: (C,).
+      final: the tables of the final attention.
+      upscaling: (L, 4 * C/4), base through the first upscaling.
     """
-    position = weights["image_position"]
+    heads = shape.num_heads
     base = ops.reshape(embedding, (shape.grid**2, -1)) + weights["no_mask"]
-    constant = None
-    context = []
-    for norm in (*(layer["norm4"] for layer in weights["layers"]), None):
-        centered = base - ops.mean(base, axis=-1, keepdims=True)
-        context.append(
+    constant = ops.zeros_like(weights["no_mask"][0])
+    outputs: list[Any] = []
+    layers = []
+    for layer in weights["layers"]:
+        position = weights["image_position"] + constant
+        centered = _center(base)
+        outputs.append(_center(_output_kernel(layer["to_token"]["out"], heads)))
+        layers.append(
             {
-                "base": base,
+                "to_image": _logit_tables(layer["to_image"]["key"], base, position, heads)
+                | _value_tables(layer["to_image"]["value"], base, constant, heads),
+                "to_token": _logit_tables(layer["to_token"]["query"], base, position, heads),
+                "outputs": [ops.matmul(kernel, ops.transpose(centered)) for kernel in outputs],
                 "centered": centered,
                 "square": ops.sum(ops.square(ops.cast(centered, "float32")), axis=-1),
-                "position": position if constant is None else position + constant,
+                "constant": constant,
             }
         )
-        if norm is not None:
-            base = centered * ops.cast(norm["gamma"], centered.dtype)
-            constant = ops.cast(norm["beta"], centered.dtype)
-    return context
+        gamma, constant = (ops.cast(layer["norm4"][name], base.dtype) for name in ("gamma", "beta"))
+        base = centered * gamma
+        outputs = [_center(kernel * gamma) for kernel in outputs]
+    position = weights["image_position"] + constant
+    final = _logit_tables(weights["final"]["key"], base, position, heads)
+    final |= _value_tables(weights["final"]["value"], base, constant, heads)
+    return {"layers": layers, "final": final, "upscaling": ops.matmul(base, weights["upscaling"]["first"]["kernel"])}
+
+
+def _logit_tables(projection: Weights, base: Any, position: Any, heads: int) -> Weights:
+    """What the vectors of a head meet in the image: base and position, projected to heads, (H, d, L)."""
+
+    def project(x: Any) -> Any:
+        x = ops.reshape(ops.matmul(x, projection["kernel"]), (x.shape[0], heads, -1))
+        return ops.transpose(x, (1, 2, 0))
+
+    bias = ops.reshape(projection["bias"], (heads, -1, 1))
+    return {"base": project(base), "position": project(position) + bias}
+
+
+def _value_tables(projection: Weights, base: Any, constant: Any, heads: int) -> Weights:
+    """What a head gathers from the image: base (H, L, d) and constant (H, 1, d), projected to heads."""
+    values = ops.reshape(ops.matmul(base, projection["kernel"]), (base.shape[0], heads, -1))
+    constant = ops.matmul(constant[None], projection["kernel"]) + projection["bias"]
+    return {"value": ops.transpose(values, (1, 0, 2)), "constant": ops.reshape(constant, (heads, 1, -1))}
 
 
 @dataclass(frozen=True)
 class _ImageTokens:
-    """The image tokens of N prompts, as the module's docstring writes them.
+    """The image tokens of N prompts, as the module's docstring writes them: what is the prompts' own.
 
     Attributes:
-      base, position: (L, C), the latter with the constant.
-      scale: (N, L) float32, weights: (N, R, L), rows: (N, R, C); None before the first layer, where tokens are base.
-      constant: (C,); None before the first layer.
+      scale: (N, L) float32.
+      weights: (N, R, L), rows: (N, R, C). A layer adds H * (T - 1) rows, its values through its output projection, and
+        one for what no head adds.
+      values: (N, H, T - 1, d) of each layer.
     """
 
-    base: Any
-    position: Any
-    scale: Any = None
-    weights: Any = None
-    rows: Any = None
-    constant: Any = None
-
-    def dot(self, vectors: Any) -> Any:
-        """Inner products of vectors (N, A, C) with each image token and its position: (N, A, L)."""
-        if self.scale is None:
-            return ops.matmul(vectors, ops.transpose(self.base + self.position))
-        scaled = ops.matmul(vectors, ops.transpose(self.base)) * ops.cast(self.scale, vectors.dtype)[:, None]
-        through_rows = ops.matmul(ops.matmul(vectors, ops.transpose(self.rows, (0, 2, 1))), self.weights)
-        return scaled + ops.matmul(vectors, ops.transpose(self.position)) + through_rows
-
-    def sum(self, shares: Any) -> Any:
-        """Sums of the image tokens (without position) with shares (N, A, L) that add up to 1: (N, A, C)."""
-        if self.scale is None:
-            return ops.matmul(shares, self.base)
-        scaled = ops.matmul(shares * ops.cast(self.scale, shares.dtype)[:, None], self.base)
-        through_rows = ops.matmul(ops.matmul(shares, ops.transpose(self.weights, (0, 2, 1))), self.rows)
-        return scaled + through_rows + self.constant
-
-    def add_and_norm(self, shares: Any, rows: Any, bias: Any, norm: Weights, before: Weights, after: Weights) -> Any:
-        """LayerNormalization of the tokens plus sum_r shares[r] * rows[r] + bias.
-
-        Args:
-          shares: (N, R, L), rows: (N, R, C), bias: (C,).
-          before, after: the image's part of this layer and of the next, from embed_context.
-        """
-        count, _, positions = shares.shape
-        dtype = shares.dtype
-        constant = bias if self.constant is None else bias + self.constant
-        new_rows = [rows, ops.broadcast_to(constant, (count, 1, rows.shape[-1]))]
-        new_weights = [shares, ops.ones((count, 1, positions), dtype)]
-        if self.scale is not None:
-            new_rows.insert(0, self.rows)
-            new_weights.insert(0, self.weights)
-        rows, weights = ops.concatenate(new_rows, axis=1), ops.concatenate(new_weights, axis=1)
-        rows = rows - ops.mean(rows, axis=-1, keepdims=True)
-        scale = ops.ones((1, positions)) if self.scale is None else self.scale
-
-        # |scale * centered + sum_r weights[r] * rows[r]|**2, in float32
-        with_base = ops.matmul(rows, ops.transpose(before["centered"]))
-        among_rows = ops.matmul(ops.matmul(rows, ops.transpose(rows, (0, 2, 1))), weights)
-        products = 2 * scale[:, None] * ops.cast(with_base, "float32") + ops.cast(among_rows, "float32")
-        length = ops.square(scale) * before["square"] + ops.sum(ops.cast(weights, "float32") * products, axis=1)
-        variance = ops.maximum(length / rows.shape[-1], 0)
-        factor = ops.rsqrt(variance + norm["epsilon"])
-
-        return _ImageTokens(
-            base=after["base"],
-            position=after["position"],
-            scale=scale * factor,
-            weights=weights * ops.cast(factor, dtype)[:, None],
-            rows=rows * ops.cast(norm["gamma"], dtype),
-            constant=ops.cast(norm["beta"], dtype),
-        )
+    scale: Any
+    weights: Any
+    rows: Any
+    values: tuple[Any, ...]
 
 
-def predict_iou(weights: Weights, shape: DecoderShape, context: list[Weights], points: Any) -> tuple[Any, ...]:
+def predict_iou(weights: Weights, shape: DecoderShape, context: Weights, points: Any) -> tuple[Any, ...]:
     """Runs the decoder up to the predicted IoU.
 
     Args:
@@ -230,25 +223,26 @@ def predict_iou(weights: Weights, shape: DecoderShape, context: list[Weights], p
       (N, L), weights (N, R, L) and rows (N, R, C).
     """
     heads = shape.num_heads
-    image = _ImageTokens(context[0]["base"], context[0]["position"])
-    tokens = _prompt_tokens(weights, points, context[0]["base"].dtype)
+    image = None
+    tokens = _prompt_tokens(weights, points)
     queries = tokens
-    for index, layer in enumerate(weights["layers"]):
+    for index, (layer, tables) in enumerate(zip(weights["layers"], context["layers"], strict=True)):
         if index == 0:
             queries = _self_attention(layer["self"], queries, queries, heads)
         else:
             queries = queries + _self_attention(layer["self"], queries + tokens, queries, heads)
         queries = layer_norm(layer["norm1"], queries)
-        queries = layer_norm(layer["norm2"], queries + _to_image(layer["to_image"], queries + tokens, image, heads))
+        attended = _to_image(layer["to_image"], tables["to_image"], queries + tokens, image, heads)
+        queries = layer_norm(layer["norm2"], queries + attended)
         queries = layer_norm(layer["norm3"], queries + mlp(layer["mlp"], queries, ops.relu))
-        shares, rows = _to_token(layer["to_token"], image, queries + tokens, queries, heads)
-        bias = layer["to_token"]["out"]["bias"]
-        image = image.add_and_norm(shares, rows, bias, layer["norm4"], context[index], context[index + 1])
+        image = _to_token(layer, tables, image, queries + tokens, queries, heads)
+    assert image is not None  # SAM has two layers
     # Mask token 0 and the prompt's own tokens are read no more.
     outputs = [0, *range(2, len(weights["hypernetworks"]) + 2)]
     queries = ops.stack([queries[:, i] for i in outputs], axis=1)
     tokens = ops.stack([tokens[:, i] for i in outputs], axis=1)
-    queries = layer_norm(weights["final_norm"], queries + _to_image(weights["final"], queries + tokens, image, heads))
+    attended = _to_image(weights["final"], context["final"], queries + tokens, image, heads)
+    queries = layer_norm(weights["final_norm"], queries + attended)
     predicted_iou = mlp(weights["iou_head"], queries[:, 0], ops.relu)[:, 1:]
     embeddings = [mlp(network, queries[:, 1 + i], ops.relu) for i, network in enumerate(weights["hypernetworks"])]
     return ops.cast(predicted_iou, "float32"), ops.stack(embeddings, axis=1), image.scale, image.weights, image.rows
@@ -257,7 +251,7 @@ def predict_iou(weights: Weights, shape: DecoderShape, context: list[Weights], p
 def upscale_masks(
     weights: Weights,
     shape: DecoderShape,
-    base: Any,
+    shared: Any,
     embeddings: Any,
     scale: Any,
     token_weights: Any,
@@ -271,8 +265,8 @@ def upscale_masks(
     tokens, so that these are not needed here either.
 
     Args:
-      weights: those under "upscaling" alone, since every argument costs time in every call.
-      base: (L, C) of the last element of embed_context.
+      weights: those under "upscaling".
+      shared: (L, 4 * C/4), upscaling of embed_context.
       embeddings, scale, token_weights, rows: of predict_iou.
       prompts: (K,) int32 rows of the batch.
 
@@ -284,20 +278,29 @@ def upscale_masks(
         ops.take(part, prompts, axis=0) for part in (embeddings, scale, token_weights, rows)
     )
     kernel = weights["first"]["kernel"]
-    shared = ops.matmul(base, kernel)
     own = ops.matmul(ops.transpose(token_weights, (0, 2, 1)), ops.matmul(rows, kernel))
-    x = shared * ops.cast(scale, kernel.dtype)[:, :, None] + own + weights["first"]["bias"]  # (K, L, 4 * C/4)
+    x = (shared + own) * ops.cast(scale, kernel.dtype)[:, :, None] + weights["first"]["bias"]  # (K, L, 4 * C/4)
     count, pixels, width = x.shape
-    x = gelu(layer_norm(weights["norm"], ops.reshape(x, (count, pixels * 4, width // 4))))
+    x = ops.reshape(x, (count, pixels * 4, width // 4))
+    x = gelu(_norm_centered(weights["norm"], x))
     x = gelu(dense(weights["second"], x))  # (K, L * 4, 4 * C/8)
-    x = ops.reshape(x, (count, pixels * 16, -1))
-    logits = ops.matmul(embeddings, ops.transpose(x, (0, 2, 1)))
-    logits = ops.reshape(logits, (count, -1, grid, grid, 2, 2, 2, 2))  # y, x, then (dy, dx) of each upscaling
-    logits = ops.transpose(logits, (0, 1, 2, 4, 6, 3, 5, 7))
+    # One product for the four pixels beside each other: the embeddings stand on the diagonal of a matrix.
+    four = ops.cast(np.eye(4)[:, None, :, None], embeddings.dtype)
+    diagonal = ops.reshape(four * ops.transpose(embeddings, (0, 2, 1))[:, None, :, None], (count, x.shape[-1], -1))
+    logits = ops.reshape(ops.matmul(x, diagonal), (count, grid, grid, 2, 2, 2, 2, -1))
+    # y, x, (dy, dx) of the first upscaling and of the second, mask
+    logits = ops.transpose(logits, (0, 7, 1, 3, 5, 2, 4, 6))
     return ops.cast(ops.reshape(logits, (count, -1, 4 * grid, 4 * grid)), "float32")
 
 
-def _prompt_tokens(weights: Weights, points: Any, dtype: str) -> Any:
+def _norm_centered(weights: Weights, x: Any) -> Any:
+    """LayerNormalization over the last axis of what has no mean."""
+    wide = ops.cast(x, "float32")
+    variance = ops.mean(ops.square(wide), axis=-1, keepdims=True)
+    return ops.cast(wide * ops.rsqrt(variance + weights["epsilon"]) * weights["gamma"] + weights["beta"], x.dtype)
+
+
+def _prompt_tokens(weights: Weights, points: Any) -> Any:
     """(N, 2) points -> (N, T, C): IoU token, mask tokens, the point, and the padding point SAM adds without a box.
 
     Positions are encoded in float32: bfloat16 would round coordinates to whole pixels.
@@ -307,6 +310,7 @@ def _prompt_tokens(weights: Weights, points: Any, dtype: str) -> Any:
     encoded = ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1) + point["foreground"]
     count, width = encoded.shape
     outputs = weights["output_tokens"]
+    dtype = outputs.dtype
     return ops.concatenate(
         [
             ops.broadcast_to(outputs[None], (count, *outputs.shape)),
@@ -335,10 +339,20 @@ def _scaled_heads(weights: Weights, x: Any, heads: int) -> Any:
     return x * (1 / math.sqrt(x.shape[-1]))
 
 
-def _input_side(weights: Weights, heads: int) -> Any:
-    """A projection's kernel (C, heads * d) as (heads, d, C): what a head's query is multiplied with to reach C."""
-    kernel = weights["kernel"]
-    return ops.transpose(ops.reshape(kernel, (kernel.shape[0], heads, -1)), (1, 2, 0))
+def _output_kernel(weights: Weights, heads: int) -> Any:
+    """The kernel of an output projection, (H * d, C), as (H, d, C)."""
+    return ops.reshape(weights["kernel"], (heads, -1, weights["kernel"].shape[-1]))
+
+
+def _center(x: Any) -> Any:
+    return x - ops.mean(x, axis=-1, keepdims=True)
+
+
+def _per_head(x: Any, table: Any) -> Any:
+    """(N, H, T, k) times a table (H, k, m) that all prompts share -> (N, H, T, m)"""
+    count, heads, tokens, width = x.shape
+    x = ops.reshape(ops.transpose(x, (1, 0, 2, 3)), (heads, count * tokens, width))
+    return ops.transpose(ops.reshape(ops.matmul(x, table), (heads, count, tokens, -1)), (1, 0, 2, 3))
 
 
 def _self_attention(weights: Weights, queries: Any, values: Any, heads: int) -> Any:
@@ -350,31 +364,101 @@ def _self_attention(weights: Weights, queries: Any, values: Any, heads: int) -> 
     return dense(weights["out"], _join_heads(ops.matmul(scores, v)))
 
 
-def _to_image(weights: Weights, queries: Any, image: _ImageTokens, heads: int) -> Any:
-    """Token-to-image attention. The keys' bias drops out of the softmax."""
+def _logits(vectors: Any, tables: Weights, projection: Weights, image: _ImageTokens | None) -> Any:
+    """Inner products of each head's vectors (N, H, T, d) with image tokens plus positions, projected: (N, H, T, L)."""
+    if image is None:
+        return _per_head(vectors, tables["base"] + tables["position"])
+    count, heads, tokens, _ = vectors.shape
+    rows = _split_heads(ops.matmul(image.rows, projection["kernel"]), heads)
+    with_rows = ops.reshape(ops.matmul(vectors, ops.transpose(rows, (0, 1, 3, 2))), (count, heads * tokens, -1))
+    through_rows = ops.reshape(ops.matmul(with_rows, image.weights), (count, heads, tokens, -1))
+    scale = ops.cast(image.scale, vectors.dtype)[:, None, None]
+    return scale * (_per_head(vectors, tables["base"]) + through_rows) + _per_head(vectors, tables["position"])
+
+
+def _to_image(weights: Weights, tables: Weights, queries: Any, image: _ImageTokens | None, heads: int) -> Any:
+    """Token-to-image attention: queries (N, T, C) -> (N, T, C)."""
     q = _scaled_heads(weights["query"], queries, heads)
-    count, _, tokens, depth = q.shape
-    q = ops.reshape(ops.matmul(q, _input_side(weights["key"], heads)[None]), (count, heads * tokens, -1))
-    gathered = image.sum(softmax(image.dot(q), axis=-1))
-    gathered = ops.reshape(gathered, (count, heads, tokens, -1))
-    attended = ops.matmul(gathered, ops.transpose(_input_side(weights["value"], heads), (0, 2, 1))[None])
-    attended = attended + ops.reshape(weights["value"]["bias"], (1, heads, 1, depth))
-    return dense(weights["out"], _join_heads(attended))
+    logits = ops.cast(_logits(q, tables, weights["key"], image), "float32")
+    shares = ops.exp(logits - ops.max(logits, axis=-1, keepdims=True))
+    total = ops.cast(ops.sum(shares, axis=-1, keepdims=True), q.dtype)
+    if image is None:
+        gathered = _per_head(ops.cast(shares, q.dtype), tables["value"])
+    else:
+        count, _, tokens, positions = shares.shape
+        shares = ops.cast(shares * image.scale[:, None, None], q.dtype)
+        # The rows come first in this product: on a CPU it takes a quarter of the time of its transpose.
+        flat = ops.transpose(ops.reshape(shares, (count, heads * tokens, positions)), (0, 2, 1))
+        by_row = ops.reshape(ops.matmul(image.weights, flat), (count, -1, heads, tokens))
+        rows = _split_heads(ops.matmul(image.rows, weights["value"]["kernel"]), heads)
+        gathered = _per_head(shares, tables["value"]) + ops.matmul(ops.transpose(by_row, (0, 2, 3, 1)), rows)
+    return dense(weights["out"], _join_heads(gathered / total + tables["constant"]))
 
 
-def _to_token(weights: Weights, image: _ImageTokens, keys: Any, values: Any, heads: int) -> tuple[Any, Any]:
-    """Image-to-token attention as what it adds to the image tokens: shares (N, H * T, L) of rows (N, H * T, C).
+def _to_token(layer: Weights, tables: Weights, image: _ImageTokens | None, keys: Any, values: Any, heads: int) -> Any:
+    """Image-to-token attention and the layer normalisation after it.
 
-    The output projection's bias is not in it.
+    A softmax over T tokens is that over the differences from the first: T - 1 logits and T - 1 values.
     """
+    weights = layer["to_token"]
     k = _scaled_heads(weights["key"], keys, heads)
     v = _split_heads(dense(weights["value"], values), heads)
-    count, _, tokens, depth = k.shape
-    projected = ops.reshape(ops.matmul(k, _input_side(weights["query"], heads)[None]), (count, heads * tokens, -1))
-    bias = ops.sum(k * ops.reshape(weights["query"]["bias"], (1, heads, 1, depth)), axis=-1, keepdims=True)
-    # Scores are (N, heads, T, L), so that the softmax over the tokens runs along contiguous image positions.
-    scores = ops.reshape(image.dot(projected), (count, heads, tokens, -1)) + bias
-    shares = ops.reshape(softmax(scores, axis=2), (count, heads * tokens, -1))
-    out = weights["out"]["kernel"]
-    rows = ops.matmul(v, ops.reshape(out, (heads, -1, out.shape[-1]))[None])
-    return shares, ops.reshape(rows, (count, heads * tokens, -1))
+    shares = _softmax_beside_zero(_logits(k[:, :, 1:] - k[:, :, :1], tables["to_token"], weights["query"], image))
+    row = dense(weights["out"], _join_heads(v[:, :, :1])) + tables["constant"]
+    return _add_and_norm(image, shares, v[:, :, 1:] - v[:, :, :1], row, layer, tables)
+
+
+def _softmax_beside_zero(logits: Any) -> Any:
+    """Softmax over T logits of which the first is zero and not among these (N, H, T - 1, L).
+
+    Written out over the few tokens: as reductions, XLA would first move them to the last axis.
+    """
+    wide = ops.cast(logits, "float32")
+    largest = ops.relu(functools.reduce(ops.maximum, [wide[:, :, i] for i in range(wide.shape[2])]))
+    shares = ops.exp(wide - largest[:, :, None])
+    total = functools.reduce(ops.add, [shares[:, :, i] for i in range(wide.shape[2])], ops.exp(-largest))
+    return ops.cast(shares / total[:, :, None], logits.dtype)
+
+
+def _add_and_norm(
+    image: _ImageTokens | None, shares: Any, values: Any, row: Any, layer: Weights, tables: Weights
+) -> _ImageTokens:
+    """LayerNormalization of the image tokens plus an attention.
+
+    Args:
+      shares: (N, H, T - 1, L) of values (N, H, T - 1, d), to go through the output projection.
+      row: (N, 1, C), what is added to all image tokens alike.
+    """
+    count, heads, _, positions = shares.shape
+    dtype = shares.dtype
+    rows = _per_head(values, _output_kernel(layer["to_token"]["out"], heads))
+    rows = [ops.reshape(rows, (count, -1, row.shape[-1])), row]
+    weights = [ops.reshape(shares, (count, -1, positions)), ops.ones((count, 1, positions), dtype)]
+    all_values = (values,)
+    scale = ops.ones((count, positions))
+    if image is not None:
+        scale = image.scale
+        inverse = ops.cast(1 / scale, dtype)[:, None]
+        rows = [image.rows, *rows]
+        weights = [image.weights, *(each * inverse for each in weights)]
+        all_values = (*image.values, values)
+    rows, weights = _center(ops.concatenate(rows, axis=1)), ops.concatenate(weights, axis=1)
+
+    # |centered + sum_r weights[r] * rows[r]|**2, in float32
+    with_base = []
+    first = 0
+    for of_layer, table in zip(all_values, tables["outputs"], strict=True):
+        with_base.append(ops.reshape(_per_head(of_layer, table), (count, -1, positions)))
+        first += with_base[-1].shape[1] + 1
+        with_base.append(ops.matmul(rows[:, first - 1 : first], ops.transpose(tables["centered"])))
+    among_rows = ops.matmul(ops.matmul(rows, ops.transpose(rows, (0, 2, 1))), weights)
+    products = 2 * ops.concatenate(with_base, axis=1) + among_rows
+    length = tables["square"] + ops.sum(ops.cast(weights, "float32") * ops.cast(products, "float32"), axis=1)
+    variance = ops.maximum(ops.square(scale) * length / rows.shape[-1], 0)
+    norm = layer["norm4"]
+    return _ImageTokens(
+        scale=scale * ops.rsqrt(variance + norm["epsilon"]),
+        weights=weights,
+        rows=rows * ops.cast(norm["gamma"], dtype),
+        values=all_values,
+    )
