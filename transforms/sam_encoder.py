@@ -25,7 +25,6 @@ from transforms.sam_layers import (
     mlp,
     mlp_weights,
     norm_weights,
-    softmax,
 )
 
 # KerasHub normalises inside ViTDetBackbone: (x / 255 - mean) / std.
@@ -183,9 +182,22 @@ def _window_attention(weights: Weights, qkv: Any) -> Any:
     y_scores, x_scores = _relative_scores(weights, q)
     flat = (n, side * side, head_dim)
     scores = ops.matmul(ops.reshape(q * head_dim**-0.5, flat), ops.transpose(ops.reshape(k, flat), (0, 2, 1)))
-    scores = ops.reshape(scores, (n, side, side, side, side)) + y_scores[..., :, None] + x_scores[..., None, :]
-    scores = softmax(ops.reshape(scores, (n, side * side, side * side)), axis=-1)
-    return ops.reshape(ops.matmul(scores, ops.reshape(v, flat)), (n, side, side, head_dim))
+    y_scores = ops.reshape(y_scores, (n, side * side, side, 1))
+    x_scores = ops.reshape(x_scores, (n, side * side, 1, side))
+    scores = ops.reshape(scores, (n, side * side, side, side)) + y_scores + x_scores
+    return ops.reshape(_gather(scores, ops.reshape(v, flat)), (n, side, side, head_dim))
+
+
+def _gather(scores: Any, values: Any) -> Any:
+    """Means of values (..., y * x, head_dim) with the softmax of scores (..., queries, y, x): (..., queries, head_dim).
+
+    y and x stay apart until the exponentials are there: XLA would put their index arithmetic into the same loop.
+    """
+    wide = ops.cast(scores, "float32")
+    shares = ops.exp(wide - ops.max(wide, axis=(-2, -1), keepdims=True))
+    total = ops.sum(shares, axis=(-2, -1))[..., None]
+    shares = ops.reshape(ops.cast(shares, scores.dtype), (*scores.shape[:-2], -1))
+    return ops.matmul(shares, values) / ops.cast(total, scores.dtype)
 
 
 def _global_attention(weights: Weights, qkv: Any) -> Any:
@@ -203,9 +215,7 @@ def _global_attention(weights: Weights, qkv: Any) -> Any:
     def attend(chunk: Any) -> Any:
         queries, chunk_y, chunk_x, head = chunk
         scores = ops.reshape(ops.matmul(queries, ops.take(keys, head, axis=0)), (rows * side, side, side))
-        scores = scores + chunk_y[:, :, None] + chunk_x[:, None, :]
-        scores = softmax(ops.reshape(scores, (rows * side, tokens)), axis=-1)
-        return ops.matmul(scores, ops.take(values, head, axis=0))
+        return _gather(scores + chunk_y[:, :, None] + chunk_x[:, None, :], ops.take(values, head, axis=0))
 
     attended = ops.map(
         attend,
