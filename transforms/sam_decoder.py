@@ -453,7 +453,9 @@ def _add_and_norm(
         with_base.append(ops.matmul(rows[:, first - 1 : first], ops.transpose(tables["centered"])))
     among_rows = ops.matmul(ops.matmul(rows, ops.transpose(rows, (0, 2, 1))), weights)
     products = 2 * ops.concatenate(with_base, axis=1) + among_rows
-    length = tables["square"] + ops.sum(ops.cast(weights, "float32") * ops.cast(products, "float32"), axis=1)
+    products = ops.cast(weights, "float32") * ops.cast(products, "float32")
+    # Summed by a matrix product: as a reduction, XLA would fuse it with what is before and go down the columns.
+    length = tables["square"] + ops.matmul(ops.ones((count, 1, products.shape[1])), products)[:, 0]
     variance = ops.maximum(ops.square(scale) * length / rows.shape[-1], 0)
     norm = layer["norm4"]
     return _ImageTokens(
