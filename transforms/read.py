@@ -203,18 +203,15 @@ def read_container(file: SourceFile, reader: Reader, config: ReadConfig) -> Iter
 
 def read_tfrecord(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
     """The tf.train.Examples of a TFRecord file."""
-    header = source.peek(12)[:12]
-    # Some lengths look like the magic of a compression, but no compressed file has their checksum.
-    plain = _masked_crc32c(header[:8]) == header[8:]
-    for offset, record, intact in tfrecord_records(source if plain else decompress(source)):
+    for offset, record, intact in tfrecord_records(source):
         if intact:
             yield parse_example(record, config)
         else:
             yield Sample(reason=f"the record at byte {offset} is damaged: its checksum is wrong")
 
 
-def tfrecord_records(stream: IO[bytes]) -> Iterator[tuple[int, bytes, bool]]:
-    """The records of a TFRecord stream: byte offset, bytes, and whether their checksum is right.
+def tfrecord_records(source: io.BufferedReader) -> Iterator[tuple[int, bytes, bool]]:
+    """The records of a TFRecord file, compressed or not: byte offset, bytes, and whether their checksum is right.
 
     A record is: length, uint64 little endian | masked CRC32C of the length | bytes | masked CRC32C of the bytes
     (tensorflow/core/lib/io/record_writer.h).
@@ -222,6 +219,10 @@ def tfrecord_records(stream: IO[bytes]) -> Iterator[tuple[int, bytes, bool]]:
     Raises:
       ValueError: a length is damaged, or the stream is cut.
     """
+    header = source.peek(12)[:12]
+    # Some lengths look like the magic of a compression, but no compressed file has their checksum.
+    plain = _masked_crc32c(header[:8]) == header[8:]
+    stream = source if plain else decompress(source)
     offset = 0
     while header := _read_at(stream, 12, offset):
         length = int.from_bytes(header[:8], "little")
