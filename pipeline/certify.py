@@ -49,8 +49,9 @@ class LowPrecisionModel(ModelConfig):
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("bfloat16", "float16"):
-            raise ValueError(f"dtype must be bfloat16 or float16, got {self.dtype}: it is compared with float32")
+        super().__post_init__()
+        if self.dtype == "float32":
+            raise ValueError("dtype must be another one than float32, which it is compared with")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from functools import partial
 import apache_beam as beam
 from apache_beam.utils.shared import Shared
 
-from transforms.amg import AmgConfig, Crop, ImageMasks, Sam, prepare_crops, propose_image, select_masks
+from transforms.amg import DTYPES, AmgConfig, Crop, ImageMasks, Sam, prepare_crops, propose_image, select_masks
 from transforms.images import ImageConfig, ImageError, decode_image
 from transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Seconds
 from transforms.threads import host_threads
@@ -56,8 +56,8 @@ class ModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
 
 
 LoadSam = Callable[[ModelConfig], Sam]
