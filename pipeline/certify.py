@@ -27,6 +27,7 @@ from transforms.match import InputConfig, Matched, absolute, match_shards
 from transforms.read import ReadConfig, read_images, relative_path
 from transforms.records import EncodedImage, Failure
 from transforms.segment import LoadSam, ModelBroken, ModelConfig, load_model, use_backend
+from transforms.source import describe_error
 from transforms.summary import write_json
 from transforms.threads import host_threads
 
@@ -302,8 +303,8 @@ def compare_image(
         expected, actual = (label_image(sam, pixels, amg_config, submit).masks for sam in (float32, low_precision))
     except Exception as error:
         raise ModelBroken(
-            f"the model failed on {image.image_id}, so nothing is certified. {type(error).__name__}: {error}. If "
-            "memory ran out, lower --points_per_batch."
+            f"the model failed on {image.image_id}, so nothing is certified. {describe_error(error)}. If memory "
+            "ran out, lower --points_per_batch."
         ) from error
     return ComparedImage(image.image_id, compare_masks(expected, actual))
 
