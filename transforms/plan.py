@@ -16,8 +16,8 @@ from transforms.amg import AmgConfig, layer_point_grids
 # On disk, measured on the output of `maskbeam demo` and on chunks of 32 images (docs/scaling.md): a row of either
 # table, and what a chunk's two files hold beside rows.
 BYTES_PER_MASK = 200
-BYTES_PER_IMAGE = 190
-BYTES_PER_CHUNK = 23_000
+BYTES_PER_IMAGE = 140
+BYTES_PER_CHUNK = 24_000
 
 # A worker's longest wait for the others is at most its longest shard. At a tenth of its share, that costs 10 %.
 SHARDS_PER_WORKER = 10
