@@ -27,63 +27,39 @@ Without torch, --no_reference times ours alone. Needs the bench extra otherwise.
 from __future__ import annotations
 
 import argparse
-import functools
-import gc
 import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import re
-import shutil
 import statistics
 import subprocess
 import sys
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
-from PIL import Image
 
-from transforms.amg import MASKS_PER_POINT, AmgConfig, Sam, Scored, label_image, layer_point_grids
-from transforms.embedded import resolve_preset
-from transforms.frame import resized_hw
-from transforms.images import IMAGE_EXTENSIONS, ImageConfig, decode_image
-from transforms.records import Chunk, EncodedImage, Mask, Shard
-from transforms.threads import host_threads
+from benchmarks.machine import (
+    OtherProcesses,
+    describe_machine,
+    device_peak_bytes,
+    peak_rss_bytes,
+    print_machine,
+    reset_peak_rss,
+    rss_bytes,
+    set_environment,
+)
+from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, TINY_THRESHOLDS, find_photos
+from benchmarks.sides import SIDES, Ours, Reference, Run, load_sides
+from transforms.amg import AmgConfig
+from transforms.images import ImageConfig, decode_image
 
 if TYPE_CHECKING:  # torch, for the reference alone
-    from benchmarks.parity import Comparison, Decoded
+    from benchmarks.parity import Comparison
 
-REPOSITORY = Path(__file__).parent.parent
-SHIPPED_PHOTOS = REPOSITORY / "pipeline" / "photos"
-
-# The embedded model's predicted IoU is low (its model card); these keep some dozens of masks an image.
-TINY_THRESHOLDS: dict[str, Any] = {"pred_iou_thresh": 0.19, "stability_score_thresh": 0.65}
-
-# SAM's image encoders (segment_anything/build_sam.py, commit dca509f); what they share is in random_backbone.
-RANDOM_MODELS: dict[str, dict[str, Any]] = {
-    "vit_b": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "global_attention_layer_indices": [2, 5, 8, 11]},
-    "vit_h": {
-        "hidden_size": 1280,
-        "num_layers": 32,
-        "num_heads": 16,
-        "global_attention_layer_indices": [7, 15, 23, 31],
-    },
-}
-
-SURVIVING_PROMPTS = 0.6  # of the synthetic answers: prompts with a candidate above pred_iou_thresh
-SIDES = ("reference", "ours")
 BUSY_NEIGHBOURS = 0.05  # of the machine's CPU time used by other processes: more spoils the ratio
-
-_VERSIONED = ("keras", "keras-hub", "tensorflow", "jax", "torch", "torchvision", "segment-anything-py", "numpy")
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "XLA_FLAGS")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     machine = describe_machine()
     print_machine(machine)
     print(f"model {args.model}, dtype {args.dtype}, {settings_line(config)}, {args.rounds} rounds")
-    reference, ours = load_sides(args, config, SIDES[1:] if args.no_reference else SIDES)
+    reference, ours = load_sides(args.model, args.dtype, config, SIDES[1:] if args.no_reference else SIDES)
     assert ours is not None  # it is always asked for here
     sides: list[Reference | Ours] = [ours] if reference is None else [reference, ours]
     if reference is not None:
@@ -116,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     summary = {**summarize(photos, args.rounds), "cpu_of_others": others.share()}
     print_summary(summary)
     if reference is not None:
-        print(reference.torchvision_line(photos))
+        print(torchvision_line(reference, photos))
         print_contract(photos, args.dtype)
     memory = [] if args.no_memory else [run_memory_of(side.name, argv) for side in sides]
     print_memory(memory)
@@ -166,14 +142,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def set_environment() -> None:
-    """Before Keras is imported: its backend, and a GPU that torch and JAX can share."""
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-
 def make_config(args: argparse.Namespace) -> AmgConfig:
     """The parameters of both sides."""
     thresholds = dict(TINY_THRESHOLDS) if args.model == "sam_tiny" else {}
@@ -187,562 +155,6 @@ def settings_line(config: AmgConfig) -> str:
         f"{config.points_per_side}x{config.points_per_side} points in batches of {config.points_per_batch}, "
         f"pred_iou_thresh {config.pred_iou_thresh}, stability_score_thresh {config.stability_score_thresh}"
     )
-
-
-def find_photos(paths: Sequence[Path]) -> list[Path]:
-    """Files as given, and the image files of directories by name."""
-    found: list[Path] = []
-    for path in paths:
-        inside = sorted(path.iterdir()) if path.is_dir() else [path]
-        found += [file for file in inside if not path.is_dir() or file.suffix.lower() in IMAGE_EXTENSIONS]
-    return found
-
-
-def chunk_of(images: Sequence[bytes]) -> Chunk:
-    """Encoded images as label_chunk takes them."""
-    encoded = tuple(EncodedImage(f"image {row}", row, None, None, data) for row, data in enumerate(images))
-    return Chunk(Shard("benchmark", "benchmark", "image", ()), 0, encoded, final=True, digest="")
-
-
-# The machine
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    cpu_info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpu_info.read_text()) if cpu_info.exists() else None
-    versions = {}
-    for package in _VERSIONED:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "cpu": model[1] if model else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "load_average": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "versions": versions,
-        "backend": os.environ.get("KERAS_BACKEND", "tensorflow"),
-        "accelerators": accelerators(),
-        "gpus": gpu_names(),
-        "threads": {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ},
-    }
-
-
-def accelerators() -> list[str]:
-    """Devices other than CPUs that the backend sees."""
-    import keras
-
-    return [device for device in keras.distribution.list_devices() if not device.lower().startswith("cpu")]
-
-
-def gpu_names() -> list[str]:
-    """The NVIDIA GPUs of the machine, whoever uses them."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout.splitlines()
-
-
-def print_machine(machine: dict[str, Any]) -> None:
-    """Three lines."""
-    cpu, cores, ram_gib, load = (machine[key] for key in ("cpu", "cores", "ram_gib", "load_average"))
-    print(f"{cpu}, {cores} cores, {ram_gib} GiB, load average {load} at the start")
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    threads = ", ".join(f"{name}={value}" for name, value in machine["threads"].items()) or "the libraries' own choice"
-    print(f"Python {machine['python']}, {versions}; threads: {threads}")
-    gpus = f"; GPUs of the machine: {'; '.join(machine['gpus'])}" if machine["gpus"] else ""
-    print(f"backend {machine['backend']} on {', '.join(machine['accelerators']) or 'CPU'}{gpus}")
-
-
-class OtherProcesses:
-    """What share of the machine's CPU time other processes have used since this object was made.
-
-    They do not slow both sides alike: torch's threads wait for each other at every loop, so that one that is kept from
-    its core keeps all of them. With a busy neighbour the reference was seen to take eight times as long, ours three to
-    four.
-    """
-
-    def __init__(self) -> None:
-        self._start = self._now()
-
-    def share(self) -> float:
-        """From 0 to 1."""
-        wall, busy, own = (now - start for now, start in zip(self._now(), self._start, strict=True))
-        return max(busy - own, 0.0) / (wall * (os.cpu_count() or 1))
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        """Seconds: wall time, CPU time of all processes, and of this one."""
-        user, nice, system, _, _, interrupts, soft_interrupts, stolen = (
-            int(ticks) for ticks in Path("/proc/stat").read_text().split()[1:9]
-        )
-        busy = user + nice + system + interrupts + soft_interrupts + stolen
-        return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK"), time.process_time()
-
-
-def peak_rss_bytes() -> int:
-    """Highest resident memory of this process since it began, or since reset_peak_rss."""
-    return _memory_field("VmHWM")
-
-
-def rss_bytes() -> int:
-    """Resident memory of this process now."""
-    return _memory_field("VmRSS")
-
-
-def _memory_field(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if not found:
-        raise RuntimeError(f"/proc/self/status has no {name}: memory can be measured on Linux only")
-    return int(found[1]) * 1024
-
-
-def reset_peak_rss() -> bool:
-    """Starts a new high-water mark, so that loading and compiling are not counted. False where Linux forbids it."""
-    gc.collect()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return True
-    except OSError:
-        return False
-
-
-# Models
-
-
-def random_backbone(name: str) -> Any:
-    """SAM's true architecture as KerasHub builds it, with KerasHub's initial weights."""
-    import keras_hub
-
-    backbone = keras_hub.models.SAMBackbone(
-        image_encoder=keras_hub.models.ViTDetBackbone(
-            image_shape=(1024, 1024, 3),
-            patch_size=16,
-            intermediate_dim=4 * RANDOM_MODELS[name]["hidden_size"],
-            window_size=14,
-            num_output_channels=256,
-            **RANDOM_MODELS[name],
-        ),
-        prompt_encoder=keras_hub.layers.SAMPromptEncoder(
-            hidden_size=256, image_embedding_size=(64, 64), input_image_size=(1024, 1024), mask_in_channels=16
-        ),
-        mask_decoder=keras_hub.layers.SAMMaskDecoder(
-            hidden_size=256,
-            num_layers=2,
-            intermediate_dim=2048,
-            num_heads=8,
-            embedding_dim=256,
-            num_multimask_outputs=3,
-            iou_head_depth=3,
-            iou_head_hidden_dim=256,
-        ),
-    )
-    backbone.mask_decoder.build()  # it is no part of the backbone's graph
-    return backbone
-
-
-def load_sides(
-    args: argparse.Namespace, config: AmgConfig, names: Sequence[str]
-) -> tuple[Reference | None, Ours | None]:
-    """The sides that are named, on the same weights."""
-    from transforms.sam import Sam as KerasSam
-    from transforms.sam import load_sam
-
-    synthetic = args.model in RANDOM_MODELS
-    backbone = random_backbone(args.model) if synthetic else None
-    reference = ours = None
-    if "reference" in names:
-        from benchmarks import reference as torch_side
-
-        start = time.perf_counter()
-        if backbone is None:
-            sam = torch_side.build_torch_sam(torch_side.load_backbone(resolve_preset(args.model)))
-        else:
-            sam = torch_side.build_torch_sam(backbone)
-            if "ours" in names:  # KerasHub's initial weights leave out too much for the networks to be compared
-                torch_side.randomize(sam, seed=0)
-                torch_side.load_torch_weights(backbone, sam.state_dict())
-        reference = Reference(sam, config, synthetic, time.perf_counter() - start)
-    if "ours" in names:
-        start = time.perf_counter()
-        keras_sam = load_sam(args.model, args.dtype) if backbone is None else KerasSam(backbone, args.dtype)
-        ours = Ours(keras_sam, config, synthetic, time.perf_counter() - start)
-    return reference, ours
-
-
-# Synthetic answers of the mask decoder
-
-
-class Answers:
-    """What the mask decoder is made to answer for one photo: SAM-like logits and predicted IoUs, the same each time.
-
-    A mask is an ellipse of log-uniform size somewhere in the image, with smooth and fine noise; its logits fall off
-    over a border of random width, and end near +15 and -18 as SAM's do. The predicted IoU is uniform.
-    """
-
-    def __init__(self, size_hw: tuple[int, int], frame_size: int, low_size: int, config: AmgConfig) -> None:
-        height, width = resized_hw(size_hw, frame_size)
-        self._low_size = low_size
-        self._image_hw = height * low_size / frame_size, width * low_size / frame_size
-        self._stored: np.ndarray | None = None
-        self.predicted_iou = draw_predicted_iou(len(layer_point_grids(config)[0]), config.pred_iou_thresh)
-        self.surviving_prompts = _surviving(self.predicted_iou, config.pred_iou_thresh)
-
-    def logits(self, prompts: np.ndarray) -> np.ndarray:
-        """(len(prompts), 3, low_size, low_size) float32."""
-        if self._stored is not None:
-            return self._stored[prompts]
-        return np.stack([self._draw(int(prompt)) for prompt in prompts])
-
-    def store(self) -> None:
-        """Draws all of them now, so that handing them out takes no time. 0.8 GB for 1024 prompts."""
-        self._stored = self.logits(np.arange(len(self.predicted_iou)))
-
-    def _draw(self, prompt: int) -> np.ndarray:
-        rng = np.random.default_rng([prompt, 1])
-        return np.stack([draw_logits(rng, self._low_size, self._image_hw) for _ in range(MASKS_PER_POINT)])
-
-
-def draw_predicted_iou(prompts: int, threshold: float) -> np.ndarray:
-    """(prompts, 3) float32, uniform up to 1, so that SURVIVING_PROMPTS have one above the threshold.
-
-    Of twenty draws the one with the share that is nearest: few prompts scatter.
-    """
-    above = 1 - (1 - SURVIVING_PROMPTS) ** (1 / MASKS_PER_POINT)  # of the candidates
-    low = 1 - (1 - threshold) / above
-    draws = [
-        np.random.default_rng(seed).uniform(low, 1, (prompts, MASKS_PER_POINT)).astype(np.float32) for seed in range(20)
-    ]
-    return min(draws, key=lambda iou: abs(_surviving(iou, threshold) - SURVIVING_PROMPTS))
-
-
-def _surviving(predicted_iou: np.ndarray, threshold: float) -> float:
-    return float((predicted_iou > threshold).any(axis=1).mean())
-
-
-def draw_logits(rng: np.random.Generator, low_size: int, image_hw: tuple[float, float]) -> np.ndarray:
-    """One mask's logits, (low_size, low_size) float32; image_hw is the part that shows the image."""
-    unit = low_size / 256
-    radius = unit * np.exp(rng.uniform(np.log(6), np.log(110)))
-    stretch = np.exp(rng.uniform(-0.6, 0.6))
-    angle = rng.uniform(0, np.pi)
-    steepness = np.exp(rng.uniform(np.log(0.5), np.log(12))) / unit
-    y = (np.arange(low_size, dtype=np.float32) - rng.uniform(0, image_hw[0]))[:, None]
-    x = (np.arange(low_size, dtype=np.float32) - rng.uniform(0, image_hw[1]))[None, :]
-    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    distance = np.sqrt((along / (radius * stretch)) ** 2 + (across * stretch / radius) ** 2)
-    coarse = Image.fromarray(rng.standard_normal((9, 9), np.float32))
-    smooth = np.asarray(coarse.resize((low_size, low_size), Image.Resampling.BICUBIC))
-    fine = rng.standard_normal((low_size, low_size), np.float32)
-    logits = np.clip((1 - distance) * radius * steepness, -18, 15) + smooth * rng.uniform(0, 2) + 0.2 * fine
-    return logits.astype(np.float32)
-
-
-@dataclass
-class _AnsweredContext:
-    """A crop's context, and how many of its prompts have been asked."""
-
-    real: Any
-    prompts: int = 0
-
-
-@dataclass(frozen=True)
-class _AnsweredPrompts:
-    """A batch through the real decoder, whose answers are replaced."""
-
-    real: Scored
-    first: int
-    sam: AnsweringSam
-
-    def predicted_iou(self) -> np.ndarray:
-        real = self.real.predicted_iou()
-        self.sam.network_iou.append(real)
-        return self.sam.answers.predicted_iou[self.first : self.first + len(real)]
-
-
-class AnsweringSam:
-    """A Sam that does all the work of another one and then gives the synthetic answers."""
-
-    def __init__(self, sam: Sam, answers: Answers) -> None:
-        self._sam = sam
-        self.answers = answers
-        self.frame_size = sam.frame_size
-        self.low_size = sam.low_size
-        self.network_iou: list[np.ndarray] = []
-
-    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> _AnsweredContext:
-        return _AnsweredContext(self._sam.embed(frame, resized_hw))
-
-    def score(self, context: _AnsweredContext, points_xy: np.ndarray, points_per_batch: int) -> _AnsweredPrompts:
-        first, context.prompts = context.prompts, context.prompts + len(points_xy)
-        return _AnsweredPrompts(self._sam.score(context.real, points_xy, points_per_batch), first, self)
-
-    def low_res_logits(self, scored: _AnsweredPrompts, prompts: np.ndarray) -> np.ndarray:
-        self._sam.low_res_logits(scored.real, prompts)
-        return self.answers.logits(scored.first + prompts)
-
-
-# The two sides
-
-
-@dataclass(frozen=True)
-class Run:
-    """One image labeled once.
-
-    Attributes:
-      seconds: wall time, without what the module's docstring leaves out.
-      stages: seconds by stage.
-      excluded: the part of the wall time that is not in `seconds`, by cause.
-      masks: in the side's order.
-      network_iou: (P, 3) predicted IoU of the network itself, where synthetic answers replaced it.
-    """
-
-    seconds: float
-    stages: dict[str, float]
-    excluded: dict[str, float]
-    masks: tuple[Mask, ...]
-    network_iou: np.ndarray | None = None
-
-
-class _Waiting:
-    """A Sam that returns from embed only when the embedding is there."""
-
-    def __init__(self, sam: Sam) -> None:
-        self._sam = sam
-        self.frame_size = sam.frame_size
-        self.low_size = sam.low_size
-        self.score = sam.score
-        self.low_res_logits = sam.low_res_logits
-
-    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> Any:
-        import keras
-
-        context = self._sam.embed(frame, resized_hw)
-        for tensor in keras.tree.flatten(context)[:1]:  # all come from one program
-            keras.ops.convert_to_numpy(tensor)
-        return context
-
-
-class Ours:
-    """maskbeam's model stage."""
-
-    name = "ours"
-
-    def __init__(self, sam: Sam, config: AmgConfig, synthetic: bool, load: float) -> None:
-        self.sam = sam
-        self.config = config
-        self.synthetic = synthetic
-        self.load = load
-        self._threads = host_threads()
-
-    def answers(self, size_hw: tuple[int, int]) -> Answers | None:
-        """For a photo of that size; None if the network's own output counts."""
-        return Answers(size_hw, self.sam.frame_size, self.sam.low_size, self.config) if self.synthetic else None
-
-    def run(self, pixels: np.ndarray, answers: Answers | None, config: AmgConfig | None = None) -> Run:
-        """Labels one image."""
-        waiting = _Waiting(self.sam)
-        sam: Sam = waiting if answers is None else AnsweringSam(waiting, answers)
-        gc.collect()
-        start = time.perf_counter()
-        result = label_image(sam, pixels, config or self.config, self._threads.submit)
-        seconds = time.perf_counter() - start
-        stages = {
-            "embed": result.seconds.embed,
-            "predict_masks": result.seconds.predict_masks,
-            "resize, last masks": seconds - result.seconds.embed - result.seconds.predict_masks,
-            "(postprocess, in threads)": result.seconds.postprocess,
-        }
-        network_iou = np.concatenate(sam.network_iou) if isinstance(sam, AnsweringSam) else None
-        return Run(seconds, stages, {}, result.masks, network_iou)
-
-    def run_in_flight(self, data: bytes, copies: int, answers: Answers | None) -> float:
-        """Seconds an image when `copies` of one encoded photo go through the pipeline's model stage."""
-        from transforms.segment import ModelHealth, label_chunk  # imports Beam, which the rest here does without
-
-        sam = self.sam if answers is None else AnsweringSam(self.sam, answers)
-        start = time.perf_counter()
-        labeled = label_chunk(
-            sam, chunk_of([data] * copies), ImageConfig(), self.config, self._threads, ModelHealth()
-        ).images
-        seconds = time.perf_counter() - start
-        failures = [image.failure.reason for image in labeled if image.failure]
-        if failures:
-            raise RuntimeError(f"{len(failures)} images failed: {failures[0]}")
-        return seconds / copies
-
-
-class Reference:
-    """SamAutomaticMaskGenerator."""
-
-    name = "reference"
-
-    def __init__(self, sam: Any, config: AmgConfig, synthetic: bool, load: float) -> None:
-        import torch
-
-        from benchmarks.reference import STAND_INS
-
-        self._torch = torch
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.sam = sam.to(self.device)
-        self.config = config
-        self.synthetic = synthetic
-        self.load = load
-        self.torchvision_is_real = "torchvision" not in STAND_INS
-
-    def answers(self, size_hw: tuple[int, int]) -> Answers | None:
-        """As Ours.answers."""
-        low_size = 4 * self.sam.prompt_encoder.image_embedding_size[0]
-        return Answers(size_hw, self.sam.image_encoder.img_size, low_size, self.config) if self.synthetic else None
-
-    def run(self, pixels: np.ndarray, answers: Answers | None, config: AmgConfig | None = None) -> Run:
-        """Labels one image."""
-        from benchmarks.parity import read_masks
-        from benchmarks.reference import SamAutomaticMaskGenerator
-
-        config = config or self.config
-        generator = SamAutomaticMaskGenerator(
-            self.sam,
-            output_mode="coco_rle",
-            points_per_side=config.points_per_side,
-            points_per_batch=config.points_per_batch,
-            pred_iou_thresh=config.pred_iou_thresh,
-            stability_score_thresh=config.stability_score_thresh,
-        )
-        stages: defaultdict[str, float] = defaultdict(float)
-        network_iou: list[np.ndarray] = []
-        gc.collect()
-        with self._timed_stages(generator, stages), self._answering(answers, stages, network_iou):
-            start = time.perf_counter()
-            records = generator.generate(pixels)
-            self._wait()
-            seconds = time.perf_counter() - start
-        stages["other"] = seconds - sum(stages.values())
-        excluded = {} if answers is None else {"synthetic answers": stages.pop("synthetic answers")}
-        if not self.torchvision_is_real:
-            excluded["stand-in NMS"] = stages.pop("NMS", 0.0)
-        return Run(
-            seconds - sum(excluded.values()),
-            dict(stages),
-            excluded,
-            read_masks({"masks": records}),
-            np.concatenate(network_iou) if network_iou else None,
-        )
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            self._torch.cuda.synchronize()
-
-    @contextmanager
-    def _timed_stages(self, generator: Any, stages: defaultdict[str, float]) -> Iterator[None]:
-        """Adds the seconds that the reference spends in its functions to `stages`. None of them calls another."""
-        from segment_anything import automatic_mask_generator as amg
-
-        with ExitStack() as stack:
-            for stage, owner, name in (
-                ("resize", generator.predictor.transform, "apply_image"),
-                ("image encoder", self.sam.image_encoder, "forward"),
-                ("prompt encoder", self.sam.prompt_encoder, "forward"),
-                ("mask decoder", self.sam.mask_decoder, "forward"),
-                ("upsampling", self.sam, "postprocess_masks"),
-                ("filters, copies", amg.MaskData, "filter"),
-                ("filters, copies", amg.MaskData, "cat"),
-                ("stability", amg, "calculate_stability_score"),
-                ("boxes", amg, "batched_mask_to_box"),
-                ("RLE", amg, "mask_to_rle_pytorch"),
-                ("RLE", amg, "coco_encode_rle"),
-                ("NMS", amg, "batched_nms"),
-            ):
-                timed = _timed(getattr(owner, name), stage, stages, self._wait)
-                stack.enter_context(mock.patch.object(owner, name, timed))
-            yield
-
-    @contextmanager
-    def _answering(
-        self, answers: Answers | None, stages: defaultdict[str, float], network_iou: list[np.ndarray]
-    ) -> Iterator[None]:
-        """Replaces what the mask decoder returns by the synthetic answers, if there are any."""
-        if answers is None:
-            yield
-            return
-        asked = 0
-
-        def replace_output(module: Any, inputs: Any, output: Any) -> Any:
-            nonlocal asked
-            network_iou.append(output[1].cpu().numpy())
-            batch = np.arange(asked, asked + len(output[1]))
-            asked += len(batch)
-            both = answers.logits(batch), answers.predicted_iou[batch]
-            return tuple(self._torch.from_numpy(array).to(self.device) for array in both)
-
-        timed = _timed(replace_output, "synthetic answers", stages, self._wait)
-        hook = self.sam.mask_decoder.register_forward_hook(timed)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def judge(self, reference: Run, ours: Run, pixels: np.ndarray, answers: Answers | None) -> Comparison:
-        """Holds our masks against the reference's by the contract of benchmarks.parity."""
-        from benchmarks import parity
-
-        self.sam.cpu()
-        judge: Any = parity.Reference(self.sam, pixels)
-        if answers is not None:
-            judge = _AnsweredReference(self.sam, pixels.shape[:2], answers, self.config)
-        compared = parity.compare(reference.masks, ours.masks, judge, self.config)
-        self.sam.to(self.device)
-        return compared
-
-    def torchvision_line(self, photos: list[PhotoRuns]) -> str:
-        """Whether torchvision is the real one."""
-        if self.torchvision_is_real:
-            return f"torchvision {importlib.metadata.version('torchvision')}: its NMS is part of the reference's time"
-        seconds = _mean(photo.runs["reference"][i].excluded["stand-in NMS"] for photo in photos for i in photo.rounds)
-        return f"torchvision is a stand-in: its NMS took {seconds:.3f} s an image, left out of the reference's time"
-
-
-def _timed(
-    function: Callable[..., Any], stage: str, stages: defaultdict[str, float], wait: Callable[[], None]
-) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        wait()
-        stages[stage] += time.perf_counter() - start
-        return result
-
-    return call
-
-
-class _AnsweredReference:
-    """In place of benchmarks.parity.Reference: what a prompt was answered, upsampled as the reference does."""
-
-    def __init__(self, sam: Any, size_hw: tuple[int, int], answers: Answers, config: AmgConfig) -> None:
-        self._sam = sam
-        self._size_hw = size_hw
-        self._answers = answers
-        self._points_xy = layer_point_grids(config)[0] * np.array(size_hw[::-1])
-
-    def decode(self, mask: Mask) -> Decoded:
-        import torch
-
-        from benchmarks.parity import Decoded
-
-        prompt = np.abs(self._points_xy - mask.point_xy).sum(axis=1).argmin()
-        predicted_iou = self._answers.predicted_iou[prompt]
-        token = int(np.abs(predicted_iou - mask.predicted_iou).argmin())
-        low = torch.from_numpy(self._answers.logits(np.array([prompt])))
-        input_size = resized_hw(self._size_hw, self._sam.image_encoder.img_size)
-        logits = self._sam.postprocess_masks(low, input_size, self._size_hw)[0, token].numpy()
-        return Decoded(logits, float(predicted_iou[token]), (0, 0))
-
-
-# Measuring
 
 
 @dataclass(frozen=True)
@@ -876,6 +288,14 @@ def print_contract(photos: list[PhotoRuns], dtype: str) -> None:
     contract_holds([photo.comparison for photo in photos if photo.comparison])
 
 
+def torchvision_line(reference: Reference, photos: list[PhotoRuns]) -> str:
+    """Whether torchvision is the real one."""
+    if reference.torchvision_is_real:
+        return f"torchvision {importlib.metadata.version('torchvision')}: its NMS is part of the reference's time"
+    seconds = _mean(photo.runs["reference"][i].excluded["stand-in NMS"] for photo in photos for i in photo.rounds)
+    return f"torchvision is a stand-in: its NMS took {seconds:.3f} s an image, left out of the reference's time"
+
+
 def summarize(photos: list[PhotoRuns], rounds: int) -> dict[str, Any]:
     """Over all photos: seconds an image are means over photos of medians over rounds; stages are means."""
     sides = [side for side in SIDES if photos[0].runs[side]]
@@ -928,7 +348,7 @@ def measure_memory(args: argparse.Namespace, config: AmgConfig) -> dict[str, Any
     """
     paths = find_photos(args.photos)
     pixels = max((decode_image(path.read_bytes(), ImageConfig()).pixels for path in paths), key=np.size)
-    reference, ours = load_sides(args, config, [args.memory_of])
+    reference, ours = load_sides(args.model, args.dtype, config, [args.memory_of])
     side = reference or ours
     assert side is not None  # one was asked for
     warm_up(side)
@@ -944,25 +364,6 @@ def measure_memory(args: argparse.Namespace, config: AmgConfig) -> dict[str, Any
         "load_and_compile_peak_bytes": before if reset else None,
         "device_peak_bytes": device_peak_bytes(side.name),
     }
-
-
-def device_peak_bytes(side: str) -> int | None:
-    """Highest memory in use on the accelerator, as the side's framework counts it; None without one."""
-    import keras
-
-    if side == "reference":
-        import torch
-
-        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    if not accelerators():
-        return None
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    import tensorflow
-
-    return tensorflow.config.experimental.get_memory_info("GPU:0")["peak"]
 
 
 def run_memory_of(side: str, argv: list[str]) -> dict[str, Any]:

@@ -30,16 +30,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.compare import (
-    SHIPPED_PHOTOS,
-    TINY_THRESHOLDS,
-    chunk_of,
-    describe_machine,
-    find_photos,
-    print_machine,
-    rss_bytes,
-    set_environment,
-)
+from benchmarks.machine import describe_machine, print_machine, rss_bytes, set_environment
+from benchmarks.photos import SHIPPED_PHOTOS, TINY_THRESHOLDS, chunk_of, find_photos
 from transforms.amg import MASKS_PER_POINT, AmgConfig, Sam
 from transforms.images import ImageConfig
 from transforms.records import LabeledImage

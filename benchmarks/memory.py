@@ -29,11 +29,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.compare import (
-    REPOSITORY,
-    SHIPPED_PHOTOS,
-    TINY_THRESHOLDS,
-    chunk_of,
+from benchmarks.machine import (
     describe_machine,
     peak_rss_bytes,
     print_machine,
@@ -41,6 +37,7 @@ from benchmarks.compare import (
     rss_bytes,
     set_environment,
 )
+from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, TINY_THRESHOLDS, chunk_of
 from transforms.amg import AmgConfig, Sam, Scored
 from transforms.images import ImageConfig
 from transforms.records import LabeledImage

@@ -30,15 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import (
-    REPOSITORY,
-    SHIPPED_PHOTOS,
-    TINY_THRESHOLDS,
-    describe_machine,
-    find_photos,
-    print_machine,
-    set_environment,
-)
+from benchmarks.machine import describe_machine, print_machine, set_environment
+from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, TINY_THRESHOLDS, find_photos
 
 MODEL_STAGES = ("embed", "predict_masks")
 

@@ -27,6 +27,7 @@ from transforms.match import InputConfig, Matched, absolute, match_shards
 from transforms.read import ReadConfig, read_images, relative_path
 from transforms.records import EncodedImage, Failure
 from transforms.segment import LoadSam, ModelBroken, ModelConfig, load_model, use_backend
+from transforms.source import describe_error
 from transforms.summary import write_json
 from transforms.threads import host_threads
 
@@ -49,8 +50,9 @@ class LowPrecisionModel(ModelConfig):
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("bfloat16", "float16"):
-            raise ValueError(f"dtype must be bfloat16 or float16, got {self.dtype}: it is compared with float32")
+        super().__post_init__()
+        if self.dtype == "float32":
+            raise ValueError("dtype must be another one than float32, which it is compared with")
 
 
 @dataclass(frozen=True)
@@ -301,8 +303,8 @@ def compare_image(
         expected, actual = (label_image(sam, pixels, amg_config, submit).masks for sam in (float32, low_precision))
     except Exception as error:
         raise ModelBroken(
-            f"the model failed on {image.image_id}, so nothing is certified. {type(error).__name__}: {error}. If "
-            "memory ran out, lower --points_per_batch."
+            f"the model failed on {image.image_id}, so nothing is certified. {describe_error(error)}. If memory "
+            "ran out, lower --points_per_batch."
         ) from error
     return ComparedImage(image.image_id, compare_masks(expected, actual))
 

@@ -14,6 +14,7 @@ _COMMANDS = {
         "pipeline.certify",
         "compare the masks of a lower precision with those of float32 on a sample of the images",
     ),
+    "plan": ("pipeline.plan", "tell what a run will take: files, bytes, hours and money, without reading the images"),
     "demo": ("pipeline.demo", "label a few photos with the embedded model and draw the masks"),
 }
 

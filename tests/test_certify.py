@@ -172,7 +172,8 @@ def test_the_exit_code_is_the_verdict(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dtype", "float32"], "dtype must be bfloat16 or float16"),
+        (["--dtype", "float32"], "dtype must be another one than float32"),
+        (["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16, got int8"),
         (["--images", "0"], "images is 0"),
         (["--max_changed", "5"], "max_changed must be"),
         (["--max_changed", "nan"], "max_changed must be"),

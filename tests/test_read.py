@@ -220,7 +220,7 @@ def test_first_column_of_bytes_wins(columns: dict[str, Any], key: str | None, fi
     assert (image.data, image.key, image.file_name) == (b"x", key, file_name)
 
 
-def test_webdataset_sample_is_its_first_image(tmp_path: Path) -> None:
+def test_webdataset_sample_is_its_photo(tmp_path: Path) -> None:
     data = tar_bytes(
         ("d.1/a.json", b"{}"), ("d.1/a.jpg", b"1"), ("d.1/a.seg.png", b"no"), ("d.1/b.PNG", b"2"), ("c.cls", b"3")
     )
@@ -231,6 +231,56 @@ def test_webdataset_sample_is_its_first_image(tmp_path: Path) -> None:
         ("c", None, b""),
     ]
     assert reason(images[2]) == "the sample has no image file. Members: 'c.cls'"
+
+
+def names_of(*members: str) -> list[str | None]:
+    """The members of a tar that images are made of."""
+    reading = read.read_tar(io.BufferedReader(io.BytesIO(tar_bytes(*((name, b"x") for name in members)))), ReadConfig())
+    return [sample.file_name for sample in reading]
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        (["0.jpg", "0.json", "0.seg.png"], ["0.jpg"]),
+        (["0.depth.png", "0.edges.png", "0.jpg", "0.seg.png"], ["0.jpg"]),
+        (["0.jpg", "0.png"], ["0.jpg"]),  # a mask, or the photo once more
+        (["0.0.png", "0.1.png", "0.jpg"], ["0.jpg"]),  # masks of instances
+        (["d.1/0.seg.png", "d.1/0.jpg"], ["d.1/0.jpg"]),
+        # Without a photo of the key's name nothing says which one is meant.
+        (["2024.01.01.jpg", "2024.01.02.jpg"], ["2024.01.01.jpg", "2024.01.02.jpg"]),
+        (["0.left.jpg", "0.json", "0.right.jpg", "1.left.jpg"], ["0.left.jpg", "0.right.jpg", "1.left.jpg"]),
+        (["a.v1.jpg", "a.v2.jpg", "b.jpg", "b.v2.jpg"], ["a.v1.jpg", "a.v2.jpg", "b.jpg"]),
+        ([".hidden.jpg", ".other.jpg"], [".hidden.jpg", ".other.jpg"]),
+        (["0.json", "1.seg.png"], [None, "1.seg.png"]),
+    ],
+)
+def test_no_image_of_a_tar_is_lost(members: list[str], expected: list[str | None]) -> None:
+    assert names_of(*members) == expected
+
+
+def test_images_of_one_key_are_rows_of_their_own(tmp_path: Path) -> None:
+    images = read_bytes(tmp_path, "tar", tar_bytes(("d/2024.01.01.jpg", b"1"), ("d/2024.01.02.jpg", b"2")))
+    assert [(image.image_id, image.key, image.file_name, image.data) for image in images] == [
+        ("shard#0", "d/2024", "d/2024.01.01.jpg", b"1"),
+        ("shard#1", "d/2024", "d/2024.01.02.jpg", b"2"),
+    ]
+
+
+@pytest.mark.parametrize(("limit", "value"), [("HELD_IMAGES", 3), ("HELD_BYTES", 3)])
+def test_images_that_wait_for_a_photo_are_few(limit: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the fourth nothing is taken for an annotation any more, so nothing is lost, and nothing waits."""
+    monkeypatch.setattr(read, limit, value)
+    names = [f"2024.{number}.jpg" for number in range(8)]
+    assert names_of(*names[:3], "2024.jpg", *names[3:]) == ["2024.jpg"]
+    assert names_of(*names[:4], "2024.jpg", *names[4:]) == [*names[:4], "2024.jpg", *names[4:]]
+
+
+def test_cut_tar_gives_the_images_that_waited(tmp_path: Path) -> None:
+    data = tar_bytes(("0.left.jpg", b"1"), ("0.right.jpg", b"2"), ("0.up.jpg", b"3" * 1000))
+    *good, last = read_bytes(tmp_path, "tar", data[: 2048 + 512 + 100])
+    assert [image.data for image in good] == [b"1", b"2"]
+    assert "after member '0.up.jpg'" in reason(last)
 
 
 def test_tar_links_are_not_followed_and_directories_skipped(tmp_path: Path) -> None:

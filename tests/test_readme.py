@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.options import label_parser, parse_label
+from pipeline.plan import parse_plan
 from transforms.schema import ANNOTATIONS, IMAGES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PLAN_COMMANDS = re.findall(r"^\$ \S*maskbeam plan (--input .*)$", README, re.MULTILINE)
 LABEL_COMMANDS = re.findall(r"^\S*maskbeam label (--input .*)$", README, re.MULTILINE)
 
 
@@ -32,8 +34,13 @@ def test_every_label_command_is_understood(command: str) -> None:
     parse_label(shlex.split(command))
 
 
-def test_there_are_label_commands() -> None:
-    assert len(LABEL_COMMANDS) >= 2
+@pytest.mark.parametrize("command", PLAN_COMMANDS)
+def test_every_plan_command_is_understood(command: str) -> None:
+    parse_plan(shlex.split(command))
+
+
+def test_there_are_commands() -> None:
+    assert len(LABEL_COMMANDS) >= 2 and PLAN_COMMANDS
 
 
 @pytest.mark.parametrize("target", re.findall(r"^make (\w+)$", README, re.MULTILINE))

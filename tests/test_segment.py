@@ -292,5 +292,5 @@ def test_each_image_is_recorded_for_the_progress_bar(tmp_path: Path) -> None:
 
 
 def test_an_unknown_dtype_is_refused() -> None:
-    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got int8"):
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got int8"):
         ModelConfig(dtype="int8")

@@ -29,6 +29,9 @@ from transforms.regions import remove_small_regions
 
 MASKS_PER_POINT = 3  # SAM's multimask output: whole, part, subpart
 
+# Precisions of a model's matrix products. Only the first gives the reference's masks.
+DTYPES = ("float32", "bfloat16", "float16")
+
 # What SA-1B was made with (Segment Anything, arXiv:2304.02643, appendix B): crops, small regions cleaned, masks that
 # are nearly the whole image or tiny dropped.
 PROFILES: dict[str, dict[str, Any]] = {

@@ -132,18 +132,6 @@ def _shards(config: InputConfig, read: ReadConfig | None) -> tuple[Shard, ...]:
     return match_shards(config, read).shards
 
 
-def find_root(patterns: Sequence[str]) -> str:
-    """The directory that all patterns lie in: image ids and shard names are relative to it.
-
-    A file counts with its parent directory, a directory with itself, a glob with the directory before its first
-    glob character. Relative patterns are made absolute first.
-
-    Raises:
-      ValueError: the patterns lie on different file systems.
-    """
-    return _common_directory([list_files(absolute(pattern))[0] for pattern in patterns])
-
-
 def check_output(config: InputConfig, output: str) -> None:
     """Refuses an output directory whose files a later start would take for input.
 
@@ -228,6 +216,9 @@ def first_images(shards: Iterable[Shard], limit: int, read: ReadConfig, root: st
 
 def list_files(pattern: str) -> tuple[str, list[SourceFile]]:
     """The directory an absolute pattern starts from, and its files.
+
+    A file starts from its parent directory, a directory from itself, a glob from the directory before its first glob
+    character.
 
     Raises:
       ValueError: a local directory cannot be listed, or the pattern is no valid glob.
@@ -364,6 +355,7 @@ def _glob_start(pattern: str) -> str:
 
 
 def _common_directory(directories: Sequence[str]) -> str:
+    """The root: the directory that all others lie in."""
     prefixes = {_scheme_prefix(directory) for directory in directories}
     if len(prefixes) > 1:
         raise ValueError(

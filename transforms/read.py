@@ -30,6 +30,10 @@ MAX_IMAGE_BYTES = 2**30
 # Characters of a failure's reason: members and columns are named in it, and there may be thousands.
 MAX_REASON = 1000
 
+# Images of a tar's sample that are held until a photo shows that they are its annotations: at most so many, or bytes.
+HELD_IMAGES = 16
+HELD_BYTES = 32 * 2**20
+
 T = TypeVar("T")
 
 
@@ -203,18 +207,15 @@ def read_container(file: SourceFile, reader: Reader, config: ReadConfig) -> Iter
 
 def read_tfrecord(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
     """The tf.train.Examples of a TFRecord file."""
-    header = source.peek(12)[:12]
-    # Some lengths look like the magic of a compression, but no compressed file has their checksum.
-    plain = _masked_crc32c(header[:8]) == header[8:]
-    for offset, record, intact in tfrecord_records(source if plain else decompress(source)):
+    for offset, record, intact in tfrecord_records(source):
         if intact:
             yield parse_example(record, config)
         else:
             yield Sample(reason=f"the record at byte {offset} is damaged: its checksum is wrong")
 
 
-def tfrecord_records(stream: IO[bytes]) -> Iterator[tuple[int, bytes, bool]]:
-    """The records of a TFRecord stream: byte offset, bytes, and whether their checksum is right.
+def tfrecord_records(source: io.BufferedReader) -> Iterator[tuple[int, bytes, bool]]:
+    """The records of a TFRecord file, compressed or not: byte offset, bytes, and whether their checksum is right.
 
     A record is: length, uint64 little endian | masked CRC32C of the length | bytes | masked CRC32C of the bytes
     (tensorflow/core/lib/io/record_writer.h).
@@ -222,6 +223,10 @@ def tfrecord_records(stream: IO[bytes]) -> Iterator[tuple[int, bytes, bool]]:
     Raises:
       ValueError: a length is damaged, or the stream is cut.
     """
+    header = source.peek(12)[:12]
+    # Some lengths look like the magic of a compression, but no compressed file has their checksum.
+    plain = _masked_crc32c(header[:8]) == header[8:]
+    stream = source if plain else decompress(source)
     offset = 0
     while header := _read_at(stream, 12, offset):
         length = int.from_bytes(header[:8], "little")
@@ -296,29 +301,39 @@ class _StrictTarInfo(tarfile.TarInfo):
 def read_tar(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
     """The samples of a WebDataset, or of any tar of images.
 
-    Consecutive members with the same path up to the first dot of the base name are one sample, that path is its key;
-    its image is its first regular file with an image's extension. Links are never followed.
+    Consecutive members with the same path up to the first dot of the base name are one sample, that path is its key.
+    If one of its images has the key for its whole name, as 17.jpg has, the sample is that photo, and its other images,
+    17.seg.png, are annotations. If none has, as of 2024.01.01.jpg and 2024.01.02.jpg, each is an image of its own.
+    Links are never followed.
     """
     stream = source if source.peek(262)[257:262] == b"ustar" else decompress(source)
     # Small blocks: of a compressed stream that breaks off, the block in which it does is lost.
     with tarfile.open(fileobj=stream, mode="r|", bufsize=512, tarinfo=_StrictTarInfo, errors="backslashreplace") as tar:
         names: list[str] = []
-        image = None
+        images: list[Sample] = []
         try:
             for key, members in itertools.groupby(_tar_members(tar), lambda member: webdataset_key(member.name)):
-                names, image = [], None
+                names, images, photo, given = [], [], False, False
                 for member in members:
                     names.append(member.name)
-                    if image is None and member.isreg() and has_image_extension(member.name):
-                        image = _read_member(tar, member, key)
-                yield image or Sample(
-                    key=key, reason=f"the sample has no image file. Members: {', '.join(map(repr, names))}"
-                )
-                image = None
+                    if photo or not member.isreg() or not has_image_extension(member.name):
+                        continue
+                    photo = not given and member.name.count(".", len(key)) == 1
+                    if photo:
+                        images.clear()
+                    images.append(_read_member(tar, member, key))
+                    held_bytes = sum(len(image.data) for image in images)
+                    if given or len(images) > HELD_IMAGES or held_bytes > HELD_BYTES:
+                        yield from images
+                        images, given = [], True
+                if not images and not given:
+                    reason = f"the sample has no image file. Members: {', '.join(map(repr, names))}"
+                    images = [Sample(key=key, reason=reason)]
+                yield from images
+                images = []
             _check_end(tar)
         except Exception as error:
-            if image:
-                yield image
+            yield from images
             where = f"after member {names[-1]!r}, " if names else ""
             raise ValueError(f"{where}at byte {tar.fileobj.tell()} of the archive: {describe_error(error)}") from error
 

@@ -17,12 +17,11 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from transforms.amg import DTYPES
 from transforms.embedded import embedded_presets, resolve_preset
 from transforms.sam_decoder import embed_context, predict_iou, read_decoder, upscale_masks
 from transforms.sam_encoder import encode_image, read_encoder
 from transforms.sam_layers import Weights
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 # Prompts upscaled in one call: at most so many, so that padding the last call wastes little, and at most so many values
 # of the largest intermediate (64 MB), which makes 8 prompts for SAM's published models.

@@ -24,9 +24,10 @@ from functools import partial
 import apache_beam as beam
 from apache_beam.utils.shared import Shared
 
-from transforms.amg import AmgConfig, Crop, ImageMasks, Sam, prepare_crops, propose_image, select_masks
+from transforms.amg import DTYPES, AmgConfig, Crop, ImageMasks, Sam, prepare_crops, propose_image, select_masks
 from transforms.images import ImageConfig, ImageError, decode_image
 from transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Seconds
+from transforms.source import describe_error
 from transforms.threads import host_threads
 
 # Images decoded before the device asks for them, and images whose masks may still be in work behind it.
@@ -56,8 +57,8 @@ class ModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
 
 
 LoadSam = Callable[[ModelConfig], Sam]
@@ -111,7 +112,7 @@ class ModelHealth:
     def failed(self, image_id: str, error: Exception) -> None:
         """An image failed twice. Raises ModelBroken at the third in a row."""
         self.failures_in_a_row += 1
-        self.reasons.append(f"{image_id}: {_describe(error)}")
+        self.reasons.append(f"{image_id}: {describe_error(error)}")
         if self.failures_in_a_row >= _MAX_MODEL_FAILURES_IN_A_ROW:
             self.give_up(error)
 
@@ -183,13 +184,13 @@ def label_chunk(
         try:
             result = future.result()
         except Exception as first_error:
-            _log.warning("%s failed (%s), trying again", decoded.labeled.source.image_id, _describe(first_error))
+            _log.warning("%s failed (%s), trying again", decoded.labeled.source.image_id, describe_error(first_error))
             try:
                 result = _generate(sam, decoded, amg_config, threads).result()
             except Exception as error:
                 last_error = error
                 health.failed(decoded.labeled.source.image_id, error)
-                done(replace(decoded.labeled, failure=Failure("model", _describe(error))))
+                done(replace(decoded.labeled, failure=Failure("model", describe_error(error))))
                 return
         health.succeeded(decoded)
         done(
@@ -238,7 +239,7 @@ def _decode(image: EncodedImage, image_config: ImageConfig, amg_config: AmgConfi
         )
     except MemoryError as error:
         return _Decoded(
-            LabeledImage(source, len(image.data), sha256, None, 1, failure=Failure("decode", _describe(error))), []
+            LabeledImage(source, len(image.data), sha256, None, 1, failure=Failure("decode", describe_error(error))), []
         )
     size_hw = decoded.pixels.shape[0], decoded.pixels.shape[1]
     seconds = Seconds(decode=time.perf_counter() - start)
@@ -257,11 +258,6 @@ def _generate(sam: Sam, decoded: _Decoded, config: AmgConfig, threads: ThreadPoo
         return failed
     assert decoded.labeled.size_hw is not None  # decoding succeeded
     return threads.submit(select_masks, selected, decoded.labeled.size_hw, config, seconds)
-
-
-def _describe(error: Exception) -> str:
-    first_line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
 
 
 class _SharedModel:

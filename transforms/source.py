@@ -22,8 +22,15 @@ BUFFER_BYTES = 2**20
 
 
 def describe_error(error: Exception) -> str:
-    """An error as a sentence for people; our own messages need no type before them."""
-    return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    """The first line of an error as a sentence for people; our own messages need no type before them.
+
+    >>> describe_error(ValueError("the file is empty")), describe_error(KeyError("id")), describe_error(MemoryError())
+    ('the file is empty', "KeyError: 'id'", 'MemoryError')
+    """
+    kind, message = type(error).__name__, str(error).strip().partition("\n")[0]
+    if not message:
+        return kind
+    return message if type(error) is ValueError else f"{kind}: {message}"
 
 
 class _RetriedFile(io.RawIOBase):

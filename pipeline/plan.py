@@ -1,0 +1,252 @@
+"""maskbeam plan: what a run will take, from the list of shards and a bounded sample of them.
+
+Image files are counted exactly. Of Parquet files the footers are read, of tar and TFRecord files the first images of a
+few, and the rest is estimated from the bytes. No image is decoded, and no model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+
+import pyarrow.parquet as pq
+
+from pipeline.options import UsageError, parse_job
+from pipeline.run import EXIT_DONE
+from transforms.amg import AmgConfig
+from transforms.match import InputConfig, Matched, absolute, match_shards
+from transforms.plan import Count, Plan, PlanConfig, Sample, ShardEstimate, count_images, make_plan
+from transforms.read import CHUNK_BYTES, ReadConfig, read_tar, relative_path, tfrecord_records
+from transforms.records import Shard
+from transforms.source import describe_error, open_file
+from transforms.summary import write_json
+
+# What is read at most: of each format so many shards, spread over the list, and of each of those so many images, or
+# the images that begin in its first bytes. A Parquet file's footer counts its rows, so more of them are read.
+_SHARDS_SAMPLED = {"tar": 16, "tfrecord": 16, "parquet": 256}
+_IMAGES_SAMPLED = 64
+_BYTES_SAMPLED = 16 * 2**20
+_THREADS = 16  # most of the time is waiting, if the files are far away
+
+_DESCRIPTION = (
+    "Tells what a run will take: images, files, bytes, hours and money. Reads the list of shards and a small sample."
+)
+# Of the parameters of the masks, those that change how long an image takes.
+_WORK = ("points_per_side", "point_grids", "crop_n_layers", "crop_n_points_downscale_factor")
+
+
+@dataclass(frozen=True)
+class PlanFlags(PlanConfig):
+    """What the run will run on, and where the plan goes.
+
+    Attributes:
+      json: file for the whole plan, on any Beam file system; replaced if it exists.
+    """
+
+    json: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.json == "":
+            raise ValueError("json is empty; expected the name of a file. Leave it out to print the plan only.")
+
+
+@dataclass(frozen=True)
+class PlanJob:
+    """Everything `maskbeam plan` was asked to do."""
+
+    input: InputConfig
+    amg: AmgConfig
+    plan: PlanFlags
+
+
+@dataclass(frozen=True)
+class FormatCount:
+    """The input files of one format.
+
+    Attributes:
+      images: estimated, unless exact.
+      exact: whether they were counted.
+      margin: two standard errors of images; None = not known.
+      sampled: files that were opened.
+      broken: "path: what is wrong" of those among them that break off.
+    """
+
+    format: str
+    files: int
+    num_bytes: int
+    images: int
+    exact: bool
+    margin: int | None
+    sampled: int
+    broken: tuple[str, ...]
+
+
+def main(argv: list[str]) -> int:
+    """Parses the flags and makes the plan."""
+    return run_plan(parse_plan(argv))
+
+
+def parse_plan(argv: list[str]) -> PlanJob:
+    """Command line -> what to do. A limit would need all images read; of the masks, only what takes time is asked."""
+    without = ("limit", *(field.name for field in fields(AmgConfig) if field.name not in _WORK))
+    return parse_job("plan", PlanJob, argv, _DESCRIPTION, without)
+
+
+def run_plan(job: PlanJob) -> int:
+    """Makes the plan, prints it and writes it as JSON.
+
+    Raises:
+      UsageError: nothing matches the input, or the JSON file cannot be written.
+    """
+    try:
+        matched = match_shards(job.input)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    counts, shards = count_input(matched)
+    plan = make_plan(shards, job.plan, job.amg, job.input.chunk_size, CHUNK_BYTES)
+    warnings = (*_warn_of_input(matched, counts), *plan.warnings)
+    print(format_plan(plan, counts, warnings, job))
+    if job.plan.json is not None:
+        content = {
+            "job": asdict(job),
+            "root": matched.root,
+            "input": [asdict(count) for count in counts],
+            "ignored_files": len(matched.ignored),
+            **asdict(plan),
+            "warnings": warnings,
+        }
+        try:
+            write_json(absolute(job.plan.json), content)
+        except (OSError, ValueError) as error:  # ValueError: a file system that Beam does not know
+            raise UsageError(f"cannot write --json {job.plan.json}: {error}. Choose another file.") from error
+    return EXIT_DONE
+
+
+def count_input(matched: Matched) -> tuple[list[FormatCount], list[ShardEstimate]]:
+    """Counts the images of all shards, by format and by shard."""
+    counts, estimates = [], []
+    for name in sorted({shard.format for shard in matched.shards}):
+        shards = [shard for shard in matched.shards if shard.format == name]
+        samples: dict[int, Sample] = {}
+        if name == "image":
+            count = Count(tuple(float(len(shard.files)) for shard in shards), exact=True, margin=0.0)
+        else:
+            samples = _sample_shards(shards, _SHARDS_SAMPLED[name])
+            count = count_images([shard.num_bytes for shard in shards], samples)
+        names = [relative_path(shard.path, matched.root) for shard in shards]
+        counts.append(
+            FormatCount(
+                format=name,
+                files=sum(len(shard.files) for shard in shards),
+                num_bytes=sum(shard.num_bytes for shard in shards),
+                images=round(sum(count.per_shard)),
+                exact=count.exact,
+                margin=None if count.margin is None else round(count.margin),
+                sampled=len(samples),
+                broken=tuple(f"{names[index]}: {sample.error}" for index, sample in samples.items() if sample.error),
+            )
+        )
+        estimates += [
+            ShardEstimate(shard_name, images, shard.num_bytes)
+            for shard_name, images, shard in zip(names, count.per_shard, shards, strict=True)
+        ]
+    return counts, estimates
+
+
+def _sample_shards(shards: Sequence[Shard], count: int) -> dict[int, Sample]:
+    """Samples shards that are spread evenly over the list."""
+    count = min(count, len(shards))
+    positions = [index * len(shards) // count for index in range(count)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        samples = threads.map(sample_shard, (shards[position] for position in positions))
+        return dict(zip(positions, samples, strict=True))
+
+
+def sample_shard(shard: Shard) -> Sample:
+    """Counts a Parquet file's rows, or measures the first images of another file. Raises nothing for broken ones."""
+    (file,) = shard.files
+    ends = [0]
+    try:
+        with open_file(file) as source:
+            if not source.peek(1):
+                raise ValueError("the file is empty (0 bytes)")
+            if shard.format == "parquet":
+                return Sample(pq.ParquetFile(source).metadata.num_rows, file.num_bytes, whole=True)
+            images = tfrecord_records(source) if shard.format == "tfrecord" else read_tar(source, ReadConfig())
+            for _ in images:
+                ends.append(source.tell())  # in the file, so compression and what lies between images are included
+                if len(ends) > _IMAGES_SAMPLED or ends[-1] >= _BYTES_SAMPLED:
+                    return Sample(len(ends) - 1, ends[-1], False, tuple(end - start for start, end in pairwise(ends)))
+    except Exception as error:  # parsers raise all sorts of things on broken bytes
+        return Sample(len(ends), file.num_bytes, whole=True, error=describe_error(error))
+    return Sample(len(ends) - 1, file.num_bytes, whole=True)
+
+
+def _warn_of_input(matched: Matched, counts: Sequence[FormatCount]) -> list[str]:
+    warnings = []
+    if matched.ignored:
+        names = ", ".join(matched.ignored[:3]) + (", ..." if len(matched.ignored) > 3 else "")
+        warnings.append(
+            f"files ignored, since their names tell no format: {len(matched.ignored):,} ({names}). If they hold "
+            "images, say what they are with --input_format."
+        )
+    for count in counts:
+        if count.broken:
+            warnings.append(
+                f"{len(count.broken)} of the {count.sampled} {count.format} files that were opened break off: "
+                f"{'; '.join(count.broken[:3])}. Each makes a failed row."
+            )
+    return warnings
+
+
+def format_plan(plan: Plan, counts: Sequence[FormatCount], warnings: Sequence[str], job: PlanJob) -> str:
+    """What the command prints."""
+    approximate = "" if all(count.exact for count in counts) else "~"
+    lines = [_line(f"{count.format} files", count.files, _describe_count(count)) for count in counts]
+    lines += [
+        _line("images", f"{approximate}{plan.images:,}", f"in {plan.shards:,} shards, each read by one worker"),
+        _line("work an image", f"{plan.work:.2f}", "1 = a 32x32 grid without crops, as --images_per_second is for"),
+        _line("chunks", f"{approximate}{plan.chunks:,}", f"{approximate}{plan.output_files:,} Parquet files"),
+        _line("output", _bytes(plan.output_bytes), f"if images have {job.plan.masks_per_image:g} masks in the mean"),
+        _line("hours", f"{plan.hours:.2f}", f"of {job.plan.workers:,} workers, if none fails"),
+        _line("  start-up", f"{plan.startup_hours:.2f}"),
+        _line("  labeling, mean worker", f"{plan.mean_hours:.2f}"),
+        _line("  labeling, slowest worker", f"{plan.slowest_hours:.2f}", "if the largest shards are read first"),
+        _line("cost", f"{plan.cost:,.2f}"),
+        _line("  start-up", f"{plan.startup_cost:,.2f}"),
+        _line("  waiting for the slowest", f"{plan.waiting_cost:,.2f}"),
+    ]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in warnings)])
+
+
+def _line(name: str, value: str | int, note: str = "") -> str:
+    text = f"{value:,}" if isinstance(value, int) else value
+    return f"{name:<26}{text:>16}  {note}".rstrip()
+
+
+def _describe_count(count: FormatCount) -> str:
+    text = f"{_bytes(count.num_bytes)}, {'' if count.exact else '~'}{count.images:,} images"
+    if count.format == "image":
+        return text
+    of = f"{count.sampled:,} files" if count.sampled < count.files else "all"
+    what = "footers" if count.format == "parquet" else f"first {_IMAGES_SAMPLED} images"
+    if count.exact:
+        return f"{text}, counted in {of}"
+    off = f"+- {count.margin:,}" if count.margin is not None else "+- unknown"
+    return f"{text} {off}, by the bytes and the {what} of {of}"
+
+
+def _bytes(count: float) -> str:
+    """Bytes with a unit of 1000.
+
+    >>> _bytes(999), _bytes(21_300_000_000)
+    ('999 B', '21.3 GB')
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    raise AssertionError("the last unit returns")
