@@ -8,9 +8,10 @@ image. (The first start finds cold files, and fills whatever caches the backend 
 run takes beyond that is the time of its other images, and its seconds in summary.json, less those of the one image,
 say where it went:
 
-- embed + predict_masks is the thread that feeds the device: the model stage. Its share of the wall time tells how
-  little everything else holds it up.
-- decode and postprocess run in threads beside it, so the shares may add up to more than 1. write is Parquet.
+- model stage is the wall time within GenerateMasks, from a chunk's encoded images to its masks. Its share of the wall
+  time tells how little everything else (reading, Beam, writing) holds it up.
+- The stages within it are seconds of the threads that did them, side by side, so they add up to more than its wall
+  time. write is Parquet, outside of it.
 
 The photos are copies of the shipped ones, or those of --photos, all of them. Flags that are not known here go to
 `maskbeam label`; with the embedded model the thresholds are those of benchmarks.compare unless given.
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -33,7 +35,26 @@ from typing import Any
 from benchmarks.machine import describe_machine, print_machine, set_environment
 from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, TINY_THRESHOLDS, find_photos
 
-MODEL_STAGES = ("embed", "predict_masks")
+# The command, with a clock around the model stage.
+TIMED_COMMAND = """
+import sys, time
+from pathlib import Path
+from transforms import segment
+
+label_chunk, spent = segment.label_chunk, []
+
+def timed(*args, **kwargs):
+    start = time.perf_counter()
+    chunk = label_chunk(*args, **kwargs)
+    spent.append(time.perf_counter() - start)
+    return chunk
+
+segment.label_chunk = timed
+from pipeline.cli import main
+code = main(sys.argv[2:])
+Path(sys.argv[1]).write_text(str(sum(spent)))
+sys.exit(code)
+"""
 
 
 @dataclass(frozen=True)
@@ -42,10 +63,14 @@ class Start:
 
     Attributes:
       wall: seconds from start to exit of the process.
+      cpu: seconds of its processor time, all threads together.
+      model_stage: wall seconds within GenerateMasks.
       summary: summary.json.
     """
 
     wall: float
+    cpu: float
+    model_stage: float
     summary: dict[str, Any]
 
 
@@ -70,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"maskbeam label --model {args.model} {' '.join(label_flags)}", flush=True)
     with tempfile.TemporaryDirectory(prefix="maskbeam-bench-") as folder:
         photos = args.photos or copy_photos(Path(folder) / "photos", args.images)
-        command = [sys.executable, "-m", "pipeline", "label", "--model", args.model, *label_flags]
+        command = ["label", "--model", args.model, *label_flags]
         first = start(command, photos, Path(folder) / "first", "--limit=1")
         second = start(command, photos, Path(folder) / "second", "--limit=1")
         whole = start(command, photos, Path(folder) / "whole")
@@ -99,15 +124,18 @@ def start(command: list[str], photos: Path, output: Path, *flags: str) -> Start:
     Raises:
       CalledProcessError: it failed; its own words are on stderr.
     """
-    began = time.perf_counter()
+    output.mkdir()
+    clock = output.with_suffix(".clock")
+    began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
-        [*command, f"--input={photos}", f"--output={output}", *flags],
+        [sys.executable, "-c", TIMED_COMMAND, str(clock), *command, f"--input={photos}", f"--output={output}", *flags],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.DEVNULL,
         check=True,
     )
-    wall = time.perf_counter() - began
-    return Start(wall, json.loads((output / "summary.json").read_text()))
+    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
+    return Start(wall, cpu, float(clock.read_text()), json.loads((output / "summary.json").read_text()))
 
 
 def split(first: Start, second: Start, whole: Start) -> dict[str, Any]:
@@ -127,7 +155,8 @@ def split(first: Start, second: Start, whole: Start) -> dict[str, Any]:
         "masks": whole.summary["masks"],
         "failed": whole.summary["failed"],
         "stages": stages,
-        "model_share": sum(stages[stage] for stage in MODEL_STAGES) / wall,
+        "model_share": (whole.model_stage - second.model_stage) / wall,
+        "cpu_share": (whole.cpu - second.cpu) / wall / (os.cpu_count() or 1),
     }
 
 
@@ -139,9 +168,9 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{'start-up, with one image':32}{report['start_up']:9.1f} s   (first start {report['first_start']:.1f} s)")
     print(f"{'after start-up':32}{wall:9.1f} s   {images} images, {report['images_per_second']:.2f} images/s")
     for stage, seconds in report["stages"].items():
-        where = "   (in threads)" if stage in ("decode", "postprocess") else ""
-        print(f"  {stage:30}{seconds:9.1f} s{100 * seconds / wall:8.1f} %{where}")
+        print(f"  {stage:30}{seconds:9.1f} s of threads{'' if stage == 'write' else ', within the model stage'}")
     print(f"{'model stage, share of the rest':32}{100 * report['model_share']:9.1f} %")
+    print(f"{'all cores in use':32}{100 * report['cpu_share']:9.1f} %")
 
 
 if __name__ == "__main__":

@@ -120,9 +120,9 @@ class Ours:
         seconds = time.perf_counter() - start
         stages = {
             "embed": result.seconds.embed,
-            "predict_masks": result.seconds.predict_masks,
-            "resize, last masks": seconds - result.seconds.embed - result.seconds.predict_masks,
-            "(postprocess, in threads)": result.seconds.postprocess,
+            "prompts, resize": seconds - result.seconds.embed,
+            "(predict_masks, seconds of threads)": result.seconds.predict_masks,
+            "(postprocess, seconds of threads)": result.seconds.postprocess,
         }
         network_iou = np.concatenate(sam.network_iou) if isinstance(sam, AnsweringSam) else None
         return Run(seconds, stages, {}, result.masks, network_iou)

@@ -152,7 +152,10 @@ class Mask:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Where the time went: decode = image bytes, embed = image encoder, predict_masks = mask decoder."""
+    """Where the time went: decode = image bytes, embed = image encoder, predict_masks = mask decoder.
+
+    Of the threads that did it, which work side by side: the sum is more than the wall time.
+    """
 
     decode: float = 0.0
     embed: float = 0.0

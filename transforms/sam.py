@@ -6,6 +6,7 @@ on the model and on points_per_batch alone: batches are padded, so one compilati
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -68,15 +69,30 @@ def compile_for_backend(function: Callable[..., Any], weights: Any) -> Callable[
         import tensorflow
 
         # A function's captured tensors cost less in every call than its arguments: 2 ms for the decoder's.
-        return tensorflow.function(lambda *tensors: function(weights, *tensors), jit_compile=True)
+        return _first_call_alone(tensorflow.function(lambda *tensors: function(weights, *tensors), jit_compile=True))
     if backend == "jax":
         import jax
 
         if jax.config.jax_compilation_cache_dir is None:  # the next process need not compile again
             jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "maskbeam" / "jax"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        return partial(jax.jit(function), weights)
+        return _first_call_alone(partial(jax.jit(function), weights))
     raise ValueError(f"KERAS_BACKEND must be tensorflow or jax, got {backend}")
+
+
+def _first_call_alone(program: Callable[..., Any]) -> Callable[..., Any]:
+    """The first call compiles: other threads wait for it, instead of compiling the same."""
+    lock, compiled = threading.Lock(), threading.Event()
+
+    def call(*tensors: Any) -> Any:
+        if compiled.is_set():
+            return program(*tensors)
+        with lock:
+            result = program(*tensors)
+            compiled.set()
+            return result
+
+    return call
 
 
 @dataclass(frozen=True)

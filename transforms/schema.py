@@ -86,7 +86,11 @@ IMAGES = pa.schema(
         _field("num_candidates", pa.int64(), "Masks the model proposed: num_masks plus all that were dropped."),
         *[_field(f"dropped_{f.name}", pa.int64(), _DROPPED[f.name]) for f in fields(Dropped)],
         _field("exif_orientation", pa.int8(), "1..8 as stored in the file; 1 where it says nothing."),
-        _field("seconds", pa.float64(), "Decode, embed, predict_masks and postprocess together."),
+        _field(
+            "seconds",
+            pa.float64(),
+            "Decode, embed, predict_masks and postprocess together, each of its thread: more than the wall time.",
+        ),
     ]
 )
 
