@@ -27,6 +27,10 @@ from transforms.write import METRICS_NAMESPACE
 _HUB_SCHEMES = ("kaggle", "hf", "modelscope")
 
 
+class JobFailed(RuntimeError):
+    """The job did not end well; the runner has told the details while it ran."""
+
+
 def prepare(job: Job, options: PipelineOptions) -> Job:
     """Checks that workers elsewhere can do the job, and makes it independent of this process's working directory.
 
@@ -105,7 +109,8 @@ def run_elsewhere(job: Job, options: PipelineOptions, run: dict[str, Any], load:
 
     Raises:
       UsageError: Beam finds fault with its flags.
-      RuntimeError: the job failed or was cancelled. Runners raise other things, too.
+      JobFailed: or was cancelled.
+      Exception: whatever the runner raises while the job is submitted.
     """
     try:
         pipeline = beam.Pipeline(options=options)
@@ -124,8 +129,10 @@ def run_elsewhere(job: Job, options: PipelineOptions, run: dict[str, Any], load:
     except KeyboardInterrupt:
         print(f"maskbeam: the job goes on without this command: {where}{stop}", file=sys.stderr)
         raise
+    except Exception as error:  # each runner raises something else
+        raise JobFailed(str(error).removesuffix("\nNone")) from error  # Dataflow, where it knows no reason
     if state != PipelineState.DONE:
-        raise RuntimeError(f"the job ended in state {state}: {where}")
+        raise JobFailed(f"the job ended in state {state}: {where}")
     print(f"{state}: {where}", file=sys.stderr)
     return _count_images(result)
 

@@ -30,7 +30,7 @@ from pipeline.graph import Job, build
 from pipeline.identity import claim_output, default_backend, describe_run, refuse_input_in_output
 from pipeline.options import UsageError, runs_locally
 from pipeline.progress import Progress
-from pipeline.remote import prepare, run_elsewhere
+from pipeline.remote import JobFailed, prepare, run_elsewhere
 from transforms.match import Matched, check_output, match_shards
 from transforms.records import Totals
 from transforms.resume import InputChanged, check_directories, committed_chunks, count_orphans, finished_reports
@@ -46,7 +46,7 @@ EXIT_INTERRUPTED = 130
 _POLL_SECONDS = 0.2
 
 # These say all there is to say; for others the stack trace is shown, too.
-_EXPECTED_ERRORS = (InputChanged, ModelBroken, TooManyFailures, OSError)
+_EXPECTED_ERRORS = (InputChanged, JobFailed, ModelBroken, TooManyFailures, OSError)
 
 
 def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) -> int:

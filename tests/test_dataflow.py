@@ -26,6 +26,7 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.io.gcp import gcsio
 from apache_beam.portability import common_urns, python_urns
 from apache_beam.portability.api import beam_runner_api_pb2
+from apache_beam.runners.dataflow.dataflow_runner import DataflowPipelineResult
 from apache_beam.runners.dataflow.internal import apiclient
 from apache_beam.runners.portability.fn_api_runner import translations
 from google.cloud import dataflow
@@ -349,12 +350,24 @@ def test_a_template_is_written_and_nothing_else(
     assert capsys.readouterr().out == f"template written: {template}\n"
 
 
-def test_a_failed_job_is_exit_code_1(
-    service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_job_is_exit_code_1(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
     service.state = dataflow.JobState.JOB_STATE_FAILED
     assert main(COMMAND) == 1
-    assert "go on" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "maskbeam: Dataflow pipeline failed. State: FAILED" in told and "Traceback" not in told
+    assert "run the same command to go on" in told
+
+
+def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(
+    service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DataflowPipelineResult, "wait_until_finish", interrupted)
+    assert main(COMMAND) == 130
+    told = capsys.readouterr().err.partition("the job goes on")[2]
+    assert "gcloud dataflow jobs cancel job-1 --region us-central1 --project my-project" in told
 
 
 def test_a_cancelled_job_is_exit_code_1(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
