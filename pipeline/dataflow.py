@@ -76,7 +76,7 @@ class DataflowConfig:
     Attributes:
       gpu: the GPU of each Dataflow worker, with a machine that can hold it: t4, l4, a100, a100_80gb or none. Default:
         the one that --machine_type takes, or l4. Beam's --machine_type and --dataflow_service_options
-        worker_accelerator=... go before it.
+        worker_accelerator=... win over it.
     """
 
     gpu: str | None = None
@@ -90,10 +90,15 @@ class DataflowConfig:
             )
 
 
+def runner_name(options: PipelineOptions) -> str:
+    """The runner without what Beam lets one leave out or add: "dataflow" for DataflowRunner, with its module or not."""
+    runner = options.view_as(StandardOptions).runner or ""
+    return runner.rpartition(".")[2].lower().removesuffix("runner")
+
+
 def is_dataflow(options: PipelineOptions) -> bool:
     """Whether the job goes to Dataflow."""
-    runner = options.view_as(StandardOptions).runner or ""
-    return runner.rpartition(".")[2].lower() in ("dataflow", "dataflowrunner")
+    return runner_name(options) == "dataflow"
 
 
 def makes_template(options: PipelineOptions) -> bool:
@@ -146,11 +151,6 @@ def default_image(project: str, region: str) -> str:
         version = "dev"
     repository = f"{region}-docker.pkg.dev/{project.replace(':', '/')}/maskbeam"
     return f"{repository}/worker:{version}-py{sys.version_info.major}.{sys.version_info.minor}"
-
-
-def model_in_image(model: str) -> bool:
-    """Whether a directory is one that the worker image has."""
-    return model.startswith(IMAGE_MODELS)
 
 
 def _check_installed() -> None:
@@ -213,7 +213,7 @@ def _accelerator(options: PipelineOptions) -> str | None:
 
 
 def _parse_accelerator(accelerator: str) -> tuple[str, int]:
-    """ "type:nvidia-l4;count:1;install-nvidia-driver" -> type, count."""
+    """Type and count of "type:nvidia-l4;count:1;install-nvidia-driver"."""
     parts = dict(part.partition(":")[::2] for part in accelerator.split(";"))
     if not parts.get("type") or not parts.get("count", "").isdecimal() or parts["count"] == "0":
         raise ValueError(

@@ -15,7 +15,7 @@ from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, PortableOptions, StandardOptions
 from apache_beam.runners.runner import PipelineResult, PipelineState
 
-from pipeline.dataflow import IMAGE_MODELS, is_dataflow, makes_template, model_in_image, prepare_dataflow
+from pipeline.dataflow import IMAGE_MODELS, is_dataflow, makes_template, prepare_dataflow, runner_name
 from pipeline.graph import Job, build
 from pipeline.options import UsageError
 from transforms.embedded import embedded_presets
@@ -63,8 +63,8 @@ def prepare(job: Job, options: PipelineOptions) -> Job:
 
 def _runs_in_containers(options: PipelineOptions) -> bool:
     """Whether PortableRunner was left with its default, or told to use it."""
-    runner = options.view_as(StandardOptions).runner or ""
-    return runner.lower() == "portablerunner" and options.view_as(PortableOptions).environment_type in (None, "DOCKER")
+    environment = options.view_as(PortableOptions).environment_type
+    return runner_name(options) == "portable" and environment in (None, "DOCKER")
 
 
 def _reachable_model(model: str, options: PipelineOptions) -> str:
@@ -72,27 +72,34 @@ def _reachable_model(model: str, options: PipelineOptions) -> str:
     if model in embedded_presets():
         return model
     scheme = FileSystems.get_scheme(model)
-    if scheme is not None and scheme not in _HUB_SCHEMES:
-        if not FileSystems.exists(FileSystems.join(model, "config.json")):
-            raise ValueError(f"there is no model at {model}: expected a KerasHub preset, with a config.json in it.")
-        return absolute(model)
-    is_directory = scheme is None and FileSystems.exists(FileSystems.join(model, "config.json"))
-    if is_directory and (not is_dataflow(options) or model_in_image(absolute(model))):
-        return absolute(model)
-    models = _models_directory(options)
-    name = model.rstrip("/").rpartition("/")[2]
-    if is_directory:
+    exists = scheme not in _HUB_SCHEMES and FileSystems.exists(FileSystems.join(model, "config.json"))
+    if exists and scheme is None and is_dataflow(options) and not absolute(model).startswith(IMAGE_MODELS):
+        models = _models_directory(options)
         raise ValueError(
             f"the model {model} is a local directory, which Dataflow's workers cannot reach (in their image are only "
             f"those under {IMAGE_MODELS}). Put it into a bucket with\n"
-            f"  gcloud storage cp -r {model} {models}\nand give --model {models}{name}"
+            f"  gcloud storage cp -r {model} {models}\nand give --model {models}{_base_name(model)}"
         )
-    copy = f" && gcloud storage cp -r {name} {models}" if is_dataflow(options) else ""
+    if exists:
+        return absolute(model)
+    if scheme not in _HUB_SCHEMES and "/" in model:
+        hint = ""
+        if model.startswith(IMAGE_MODELS):
+            hint = " The launcher reads the model, too: one that only the image has is for the flex template."
+        raise ValueError(f"there is no model at {model}: expected a KerasHub preset, with a config.json in it.{hint}")
+    name = _base_name(model)
+    to_bucket = is_dataflow(options)
+    models = _models_directory(options) if to_bucket else ""
+    copy = f" && gcloud storage cp -r {name} {models}" if to_bucket else ""
     raise ValueError(
         f"the model {model} is a name, which each worker would download for itself. Save it once with\n"
         f'  python -c "import keras_hub; keras_hub.models.SAMImageSegmenter.from_preset({model!r}, preprocessor=None)'
-        f'.save_to_preset({name!r})"{copy}\nand give --model {models if copy else ""}{name}'
+        f'.save_to_preset({name!r})"{copy}\nand give --model {models}{name}'
     )
+
+
+def _base_name(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2]
 
 
 def _models_directory(options: PipelineOptions) -> str:

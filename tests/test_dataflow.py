@@ -436,6 +436,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         [*CLOUD, "--model", f"{BUCKET}/models/none"],
         "there is no model at gs://bucket/models/none",
     ),
+    "model only in the image": ([*CLOUD, "--model", "/models/none"], "is for the flex template"),
     "gpu of a local run": (["--gpu", "l4"], "--gpu is for --runner DataflowRunner"),
     "project number": (
         ["--runner", "DataflowRunner", "--project", "123", "--region", "r", "--temp_location", f"{BUCKET}/tmp"],
