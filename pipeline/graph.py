@@ -7,6 +7,7 @@ from typing import Any
 
 import apache_beam as beam
 
+from pipeline.dataflow import DataflowConfig
 from transforms.amg import AmgConfig
 from transforms.images import ImageConfig
 from transforms.match import InputConfig, MatchShards
@@ -27,6 +28,7 @@ class Job:
     model: ModelConfig
     amg: AmgConfig
     output: OutputConfig
+    dataflow: DataflowConfig
 
 
 def build(

@@ -32,6 +32,7 @@ _TITLES = {
     "output": "output",
     "certificate": "certificate",
     "plan": "plan",
+    "dataflow": "Dataflow",
 }
 
 # Beam's "DirectRunner" first tries to download another runner's binary; this one is in the package and runs in process.

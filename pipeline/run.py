@@ -25,10 +25,12 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability import python_urns
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
+from pipeline.dataflow import makes_template
 from pipeline.graph import Job, build
 from pipeline.identity import claim_output, default_backend, describe_run, refuse_input_in_output
 from pipeline.options import UsageError, runs_locally
 from pipeline.progress import Progress
+from pipeline.remote import JobFailed, prepare, run_elsewhere
 from transforms.match import Matched, check_output, match_shards
 from transforms.records import Totals
 from transforms.resume import InputChanged, check_directories, committed_chunks, count_orphans, finished_reports
@@ -44,7 +46,7 @@ EXIT_INTERRUPTED = 130
 _POLL_SECONDS = 0.2
 
 # These say all there is to say; for others the stack trace is shown, too.
-_EXPECTED_ERRORS = (InputChanged, ModelBroken, TooManyFailures, OSError)
+_EXPECTED_ERRORS = (InputChanged, JobFailed, ModelBroken, TooManyFailures, OSError)
 
 
 def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) -> int:
@@ -56,7 +58,10 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) ->
     Raises:
       UsageError: before anything is read, if the job cannot be done as asked.
     """
+    local = runs_locally(options)
     try:
+        if not local or job.dataflow.gpu is not None:
+            job = prepare(job, options)
         matched = match_shards(job.input, job.read)
         check_output(job.input, job.output.output)
         use_backend(default_backend())
@@ -70,7 +75,6 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) ->
     except InputChanged as error:
         print(f"maskbeam: {error}", file=sys.stderr)
         return EXIT_FAILED
-    local = runs_locally(options)
     outcome = _run_here(job, options, run, matched, done, load) if local else _run_remotely(job, options, run, load)
     if outcome.error is not None:
         if not isinstance(outcome.error, _EXPECTED_ERRORS):
@@ -78,6 +82,8 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) ->
         print(f"maskbeam: {_last_line(outcome.error)}", file=sys.stderr)
         print(f"What is committed in {job.output.output} stays; run the same command to go on.", file=sys.stderr)
         return EXIT_FAILED
+    if makes_template(options):
+        return EXIT_DONE
     totals = Totals.from_dict(
         {k: v for k, v in read_json(FileSystems.join(job.output.output, SUMMARY_FILE)).items() if k != "versions"}
     )
@@ -97,13 +103,14 @@ class _Outcome:
 
 
 def _run_remotely(job: Job, options: PipelineOptions, run: dict[str, Any], load: LoadSam) -> _Outcome:
+    start = time.monotonic()
     try:
-        pipeline = beam.Pipeline(options=options)
-        build(pipeline, job, run, load)
-        pipeline.run().wait_until_finish()
+        images = run_elsewhere(job, options, run, load)
+    except UsageError:
+        raise
     except Exception as error:
         return _Outcome(error)
-    return _Outcome(None)
+    return _Outcome(None, images, time.monotonic() - start)
 
 
 class _LocalRunner(FnApiRunner):

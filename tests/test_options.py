@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from apache_beam.options.pipeline_options import DirectOptions, GoogleCloudOptions, PipelineOptions, StandardOptions
 
+from pipeline.dataflow import DataflowConfig
 from pipeline.graph import Job
 from pipeline.options import UsageError, label_parser, parse_label, runs_locally
 from transforms.amg import PROFILES, AmgConfig
@@ -63,6 +64,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "overwrite": ([], True),
     "retry_failed": ([], True),
     "max_failed_fraction": (["0.25"], 0.25),
+    "gpu": (["t4"], "t4"),
 }
 
 
@@ -76,7 +78,13 @@ def beam_options(*flags: str) -> PipelineOptions:
 
 def test_without_flags_all_is_as_the_dataclasses_say() -> None:
     assert parse() == Job(
-        InputConfig(("in",)), ReadConfig(), ImageConfig(), ModelConfig(), AmgConfig(), OutputConfig("out")
+        InputConfig(("in",)),
+        ReadConfig(),
+        ImageConfig(),
+        ModelConfig(),
+        AmgConfig(),
+        OutputConfig("out"),
+        DataflowConfig(),
     )
 
 

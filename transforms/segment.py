@@ -40,6 +40,10 @@ _MAX_MODEL_FAILURES_IN_A_ROW = 3
 # What a process appends to its progress file for each image: the encoded bytes.
 PROGRESS_RECORD = struct.Struct("<Q")
 
+# The device's memory is taken as it is needed: by default each backend takes (nearly) all of it as it starts, so that a
+# second process on the device, or the other backend, would find none.
+_MEMORY_GROWTH = {"TF_FORCE_GPU_ALLOW_GROWTH": "true", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
 _log = logging.getLogger(__name__)
 
 
@@ -347,7 +351,7 @@ class _GenerateMasksFn(beam.DoFn):
 
 
 def use_backend(backend: str) -> None:
-    """Sets the Keras backend of this process.
+    """Sets the Keras backend of this process, before Keras is imported, and lets it grow on the device.
 
     Raises:
       RuntimeError: there is no such backend here, or Keras already runs another one.
@@ -362,6 +366,8 @@ def use_backend(backend: str) -> None:
             f"this job was made for KERAS_BACKEND={backend}, but a worker runs {os.environ['KERAS_BACKEND']}. "
             "Set the variable to the same value where the job is launched and in the worker's image."
         )
+    for name, value in _MEMORY_GROWTH.items():
+        os.environ.setdefault(name, value)
 
 
 def open_progress(progress_dir: str | None) -> int | None:

@@ -31,6 +31,9 @@ ANNOTATIONS_DIR = "annotations"
 IMAGES_DIR = "images"
 TEMPORARY_DIR = "_tmp"
 
+# Of the counters and distributions.
+METRICS_NAMESPACE = "maskbeam"
+
 # A run is judged by its failures only after this many images (of one process).
 _MIN_IMAGES_TO_JUDGE = 100
 
@@ -200,10 +203,9 @@ class _WriteParquetFn(beam.DoFn):
 
 def _count(totals: Totals) -> None:
     """Beam counters and distributions with the figures of the summary."""
-    namespace = "maskbeam"
     for name in ("images", "labeled", "empty", "failed", "masks", "candidates"):
-        Metrics.counter(namespace, name).inc(getattr(totals, name))
+        Metrics.counter(METRICS_NAMESPACE, name).inc(getattr(totals, name))
     for name, count in vars(totals.dropped).items():
-        Metrics.counter(namespace, f"dropped_{name}").inc(count)
+        Metrics.counter(METRICS_NAMESPACE, f"dropped_{name}").inc(count)
     for name, seconds in vars(totals.seconds).items():
-        Metrics.distribution(namespace, f"{name}_msec_per_chunk").update(round(1000 * seconds))
+        Metrics.distribution(METRICS_NAMESPACE, f"{name}_msec_per_chunk").update(round(1000 * seconds))
