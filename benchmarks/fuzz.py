@@ -130,13 +130,15 @@ def make_example(image: bytes) -> bytes:
     return message(1, message(1, entry))
 
 
+def frame_record(record: bytes) -> bytes:
+    """A record as it lies in a TFRecord file."""
+    length = struct.pack("<Q", len(record))
+    return length + masked_crc(length) + record + masked_crc(record)
+
+
 def make_tfrecord() -> bytes:
     """A TFRecord file of IMAGES."""
-    records = [make_example(image) for image in IMAGES]
-    return b"".join(
-        length + masked_crc(length) + record + masked_crc(record)
-        for record, length in ((record, struct.pack("<Q", len(record))) for record in records)
-    )
+    return b"".join(frame_record(make_example(image)) for image in IMAGES)
 
 
 def make_parquet(**options: object) -> bytes:
@@ -293,8 +295,7 @@ def edit_example(data: bytes, chance: random.Random) -> bytes:
     if len(data) < size + 16 or size < 1:
         return data
     record = chance.choice((flip_bits, truncate, overwrite))(data[12 : 12 + size], chance)
-    length = struct.pack("<Q", len(record))
-    return length + masked_crc(length) + record + masked_crc(record) + data[16 + size :]
+    return frame_record(record) + data[16 + size :]
 
 
 def edit_parquet_footer(data: bytes, chance: random.Random) -> bytes:
