@@ -40,6 +40,8 @@ MAX_IMAGE_BYTES = 2**30
 # versions before 3.11.10 and 3.12.6 take quadratic time for it (CVE-2024-6232).
 MAX_TAR_HEADER_BYTES = 2**17
 MAX_TAR_GLOBAL_HEADERS = 100
+# A whole archive is read with three of these.
+_MAX_READS_PAST_END = 10
 
 # Characters of a failure's reason: members and columns are named in it, and there may be thousands.
 MAX_REASON = 1000
@@ -302,13 +304,15 @@ class _TarStream:
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self._header_bytes_left: int | None = None
-        self._ended = False
+        self._reads_past_end = 0
 
     def read(self, num_bytes: int) -> bytes:
         data = self._stream.read(num_bytes)
-        if not data and self._ended:  # tarfile would go on, block by block, for all the bytes that a header claims
-            raise tarfile.ReadError("unexpected end of data")
-        self._ended = not data
+        if not data:
+            self._reads_past_end += 1
+            # tarfile would go on, block by block, through all the bytes that a header claims.
+            if self._reads_past_end > _MAX_READS_PAST_END:
+                raise tarfile.ReadError("unexpected end of data")
         if self._header_bytes_left is not None:
             self._header_bytes_left -= len(data)
             if self._header_bytes_left < 0:
