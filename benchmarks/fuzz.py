@@ -36,7 +36,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
 import google_crc32c
@@ -234,7 +234,10 @@ def edit_tar_header(data: bytes, chance: random.Random) -> bytes:
     start, values = chance.choice(
         (
             (156, [bytes([kind]) for kind in b"\x000123456789LKxgSXNVDM?"]),
-            (124, [b"00000000000\0", b"77777777777\0", b"-0000000001\0", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"z" * 12]),
+            (
+                124,
+                [b"00000000000\0", b"77777777777\0", b"-0000000001\0", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"z" * 12],
+            ),
             (0, [b"../../../../etc/passwd\0", b"/abs\0", b"\xff" * 100, b"\0" * 100, b"a\n.jpg\0"]),
             (157, [b"\xff" * 100, b"GNU.sparse"]),
             (257, [b"ustar  \0", b"ustar\x0000", b"xxxxxxxx"]),
@@ -418,7 +421,7 @@ class Case:
     rewritten: bool
 
 
-@lru_cache(maxsize=None)
+@cache
 def good_file(kind: str) -> bytes:
     """Made once a process."""
     return KINDS[kind].make()
@@ -503,10 +506,14 @@ def judge(rows: list[EncodedImage], kind: Kind, rewritten: bool) -> tuple[str, s
         offence = "rows without end"
     elif len(good) == len(rows) < len(IMAGES) and not rewritten:
         offence = f"{len(good)} of {len(IMAGES)} images and no reason for the others"
-    elif kind.checked and not rewritten and not set(good) <= set(IMAGES):
+    elif (
+        kind.checked
+        and not rewritten
+        and not set(good) <= set(IMAGES)
         # A stream's checksum is at its end, when its images have been given away; then there is a failed row.
-        if kind.format == "tfrecord" or len(good) == len(rows):
-            offence = "an image is not what it was, and a checksum could have told"
+        and (kind.format == "tfrecord" or len(good) == len(rows))
+    ):
+        offence = "an image is not what it was, and a checksum could have told"
     return result, offence
 
 
@@ -551,7 +558,16 @@ def watch_cases(first: int, cases: int, progress: bool = False) -> Report:
     with tqdm(total=cases, unit="case", desc="fuzz", disable=not progress) as bar:
         while first < end:
             process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.fuzz", "--worker", "--first", str(first), "--cases", str(end - first)],
+                [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.fuzz",
+                    "--worker",
+                    "--first",
+                    str(first),
+                    "--cases",
+                    str(end - first),
+                ],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 cwd=Path(__file__).parent.parent,

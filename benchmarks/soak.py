@@ -315,7 +315,8 @@ class Growth:
         return [
             Check(
                 f"{self.images} images ({self.failed} broken): missing, twice, wrong status",
-                f"{len(self.missing)}, {len(self.twice)}, {len(self.wrong_status)}" + (f" {wrong[:3]}" if wrong else ""),
+                f"{len(self.missing)}, {len(self.twice)}, {len(self.wrong_status)}"
+                + (f" {wrong[:3]}" if wrong else ""),
                 "0, 0, 0",
                 not wrong,
             ),

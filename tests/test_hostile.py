@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -25,10 +26,21 @@ from PIL import Image
 
 from tests.conftest import label, photo_bytes, read_labels, write_photos
 from tests.test_label import contents
-from tests.test_read import example_bytes, frame, images_tar, make_shard, parquet_bytes, read_all, read_bytes, reason, tar_bytes
+from tests.test_read import (
+    example_bytes,
+    frame,
+    images_tar,
+    make_shard,
+    parquet_bytes,
+    read_all,
+    read_bytes,
+    reason,
+    tar_bytes,
+)
 from transforms import images as images_module
 from transforms import source
 from transforms.images import ImageConfig, ImageError, decode_image
+from transforms.parquet_footer import schema_depth
 
 ROOT = Path(__file__).parents[1]
 MB = 2**20
@@ -69,7 +81,12 @@ def huge_tfrecord() -> bytes:
 @pytest.mark.usefixtures("small_limits")
 @pytest.mark.parametrize(
     "compress",
-    [gzip.compress, zlib.compress, zstandard.compress, lambda data: b"".join(map(zstandard.compress, [data[:9], data[9:]]))],
+    [
+        gzip.compress,
+        zlib.compress,
+        zstandard.compress,
+        lambda data: b"".join(map(zstandard.compress, [data[:9], data[9:]])),
+    ],
     ids=["gzip", "zlib", "zstd", "zstd frames"],
 )
 @pytest.mark.parametrize(("shard_format", "make"), [("tar", huge_tar), ("tfrecord", huge_tfrecord)])
@@ -198,10 +215,60 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
     assert decode_image(jpeg_with_scans(3), ImageConfig()).pixels.shape == (64, 64, 3)
 
 
+def parquet_footer(depth: int) -> bytes:
+    """A Parquet file without rows whose column `image` lies in so many groups, the root among them."""
+
+    def varint(number: int) -> bytes:
+        return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
+
+    # SchemaElement: 3 repetition_type = optional, 4 name, 5 num_children = 1; of a column 1 type = BYTE_ARRAY.
+    group = b"\x35\x02" + b"\x18\x01a" + b"\x15\x02" + b"\0"
+    column = b"\x15\x0c" + b"\x25\x02" + b"\x18\x05image" + b"\0"
+    schema = b"\xfc" + varint(depth + 1) + group * depth + column
+    # FileMetaData: 1 version, 2 schema, 3 num_rows = 0, 4 row_groups, of which there are none.
+    metadata = b"\x15\x02" + b"\x19" + schema + b"\x16\x00" + b"\x19\x0c" + b"\0"
+    return b"PAR1" + metadata + struct.pack("<I", len(metadata)) + b"PAR1"
+
+
+@pytest.mark.parametrize("depth", [1, 2, 100, 101, 60_000])
+def test_parquet_schemas_that_nest_too_deep_for_arrow_are_not_given_to_it(depth: int, tmp_path: Path) -> None:
+    data = parquet_footer(depth)
+    assert schema_depth(data[4:-8]) == depth
+    images = read_bytes(tmp_path, "parquet", data)  # beyond some thousands, Arrow would end this process
+    if depth == 1:
+        assert images == []
+    else:
+        expected = "no image column" if depth <= 100 else f"the schema nests {depth} levels deep; at most 100 are read"
+        assert expected in reason(images[0])
+
+
+@pytest.mark.parametrize(
+    ("columns", "depth"),
+    [
+        ({"image": [b"x"]}, 1),
+        ({"image": [{"bytes": b"x", "path": "p"}], "boxes": [[[1.0]]], "id": [1]}, 5),  # a list is two groups
+        ({f"column {number}": [{"a": {"b": number}, "c": number}] for number in range(300)}, 3),
+        ({"when": pa.array([0], pa.timestamp("us", "UTC")), "n": pa.array([1], pa.decimal128(5, 2))}, 1),
+    ],
+)
+def test_depth_of_schemas_that_arrow_writes(columns: dict[str, Any], depth: int) -> None:
+    data = parquet_bytes(columns)
+    size = int.from_bytes(data[-8:-4], "little")
+    assert schema_depth(data[-8 - size : -8]) == depth
+
+
 # Names.
 
 LONG_NAME = "n" * 100_000
-NAMES = ["../../../up.png", "/abs.png", "a/../../b.png", "new\nline.png", "\x1b[2J\x07.png", "\u202eevil.png", LONG_NAME + ".png"]
+NAMES = [
+    "../../../up.png",
+    "/abs.png",
+    "a/../../b.png",
+    "new\nline.png",
+    "\x1b[2J\x07.png",
+    "\u202eevil.png",
+    LONG_NAME + ".png",
+]
 
 
 def hostile_shards(folder: Path) -> int:

@@ -173,7 +173,7 @@ def decompress(source: io.BufferedReader) -> Any:
     head = source.peek(6)[:6]
     stream: Any = None
     if head.startswith(b"\x1f\x8b\x08"):
-        stream = gzip.open(source)
+        stream = gzip.GzipFile(fileobj=source)
     elif head.startswith(b"BZh"):
         stream = io.BufferedReader(_ConcatenatedStreams(source, bz2.BZ2Decompressor))
     elif head.startswith(b"\xfd7zXZ\x00"):
