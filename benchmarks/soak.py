@@ -69,7 +69,7 @@ ENDS = 500  # images at either end whose speed is compared
 MAX_RSS_GROWTH = 0.05
 MAX_SLOWDOWN = 0.2
 
-KILL_IMAGES, KILL_CHUNK = 400, 4
+KILL_CHUNK = 4
 PATIENCE = 300.0  # seconds for what should take a few
 
 
@@ -398,7 +398,7 @@ class Kills:
 
 def kill_and_go_on(folder: Path, kills: int, chance: random.Random) -> list[Check]:
     """Labels one data set undisturbed, and under two series of kills; compares the rows."""
-    images = max(KILL_IMAGES, kills * 5 * KILL_CHUNK)
+    images = 20 * KILL_CHUNK + 4 * kills * KILL_CHUNK  # more chunks than are done between kills
     write_images(folder / "data", images)
     flags = [f"--chunk_size={KILL_CHUNK}"]
     undisturbed = folder / "undisturbed"
