@@ -64,6 +64,7 @@ IMAGES_A_SHARD = 125
 BROKEN_SHARE = 0.02
 SAMPLE_SECONDS = 0.25
 ENDS = 500  # images at either end whose speed is compared
+WARM_UP = 50  # images before the first of them: the model is compiled
 
 # What still counts as flat and as steady.
 MAX_RSS_GROWTH = 0.05
@@ -308,7 +309,7 @@ class Growth:
         steady = self.between(0.1 * self.images, self.images)
         slope, _ = np.polyfit([s.images for s in steady], [s.rss_bytes for s in steady], 1)
         (first_rate, first_cpu), (last_rate, last_cpu) = (
-            self.speed(1, ENDS + 1),
+            self.speed(WARM_UP, WARM_UP + ENDS),
             self.speed(self.images - ENDS, self.images),
         )
         wrong = [*self.missing, *self.twice, *self.wrong_status]
@@ -553,7 +554,13 @@ def _panel(title: str, points: list[tuple[int, float]]) -> Image.Image:
 
     for part in (0, 0.5, 1):
         draw.line([place(0, part * most), place(most_images, part * most)], _FAINT)
-        draw.text((_MARGIN - 8, place(0, part * most)[1]), f"{part * most:.3g}", _INK, font, anchor="rm")
+        draw.text(
+            (_MARGIN - 8, place(0, part * most)[1]),
+            f"{part * most:.{0 if most > 100 else 1}f}",
+            _INK,
+            font,
+            anchor="rm",
+        )
         draw.text((place(part * most_images, 0)[0], bottom + 18), f"{part * most_images:.0f}", _INK, font, anchor="mm")
     draw.line([place(x, y) for x, y in points], _MARK, width=2)
     return panel
