@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test lint format bench
+.PHONY: help install demo test lint format bench soak
 
 help:  ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -37,3 +37,6 @@ format: $(VENV)/installed-dev  ## format the code
 bench: $(VENV)/installed  ## measure against the reference (installs torch); ARGS="--model vit_b" for flags
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m benchmarks.compare $(ARGS)
+
+soak: install  ## the long run: 3,000 images, kills, damaged files; ARGS="--images 1200 --kills 5" for sizes
+	$(BIN)/python -m benchmarks.soak $(ARGS)

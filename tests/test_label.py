@@ -396,6 +396,11 @@ def test_a_dead_worker_ends_the_run(tmp_path: Path, output: Path) -> None:
     assert error.rstrip().splitlines()[-1].startswith("maskbeam: a worker process died")
     assert not any(is_alive(pid) for pid in workers)
     assert has_committed(output)
+    flags = ("--input", tmp_path / "data", "--chunk_size", "2", "--output")
+    assert label(*flags, output) == 0
+    assert label(*flags, tmp_path / "undisturbed") == 0
+    assert read_labels(output) == read_labels(tmp_path / "undisturbed")
+    assert not (output / "_tmp").exists()
 
 
 # The embedded model, on photos that are small enough.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,14 @@ from tests.fakes import FakeSam, FakeScored
 from transforms.amg import AmgConfig
 from transforms.images import ImageConfig
 from transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Shard
-from transforms.segment import GenerateMasks, ModelBroken, ModelConfig, ModelHealth, label_chunk
+from transforms.segment import (
+    GenerateMasks,
+    ModelBroken,
+    ModelConfig,
+    ModelHealth,
+    is_out_of_memory,
+    label_chunk,
+)
 
 AMG = AmgConfig(points_per_side=4, pred_iou_thresh=0.75, stability_score_thresh=0.85)
 SHARD = Shard("s.tar", "/s.tar", "tar", ())
@@ -52,8 +60,10 @@ Label = Callable[..., LabeledChunk]
 
 @pytest.fixture
 def label(threads: ThreadPoolExecutor) -> Label:
-    def label(chunk: Chunk, sam: Any = None, health: ModelHealth | None = None, **arguments: Any) -> LabeledChunk:
-        return label_chunk(sam or FakeSam(), chunk, ImageConfig(), AMG, threads, health or ModelHealth(), **arguments)
+    def label(
+        chunk: Chunk, sam: Any = None, health: ModelHealth | None = None, amg: AmgConfig = AMG, **arguments: Any
+    ) -> LabeledChunk:
+        return label_chunk(sam or FakeSam(), chunk, ImageConfig(), amg, threads, health or ModelHealth(), **arguments)
 
     return label
 
@@ -219,6 +229,99 @@ def test_a_model_that_breaks_near_the_end_of_a_chunk_ends_the_run(label: Label, 
         label(photos_chunk(4), BreaksAfter(4 - failing))
 
 
+# A device whose memory runs out.
+
+SMALL_BATCHES = replace(AMG, points_per_batch=8)
+
+
+class ResourceExhaustedError(Exception):
+    """As TensorFlow calls it."""
+
+
+class SmallDevice(FakeSam):
+    """Holds so many prompts of a batch, and remembers what it was asked for."""
+
+    def __init__(self, holds: int, error: Exception) -> None:
+        self.holds, self.error = holds, error
+        self.batches: list[int] = []
+
+    def score(self, context: np.ndarray, points_xy: np.ndarray, points_per_batch: int) -> FakeScored:
+        self.batches.append(points_per_batch)
+        if points_per_batch > self.holds:
+            raise self.error
+        return super().score(context, points_xy, points_per_batch)
+
+
+EXHAUSTED = ResourceExhaustedError("OOM when allocating tensor with shape[64,256,64,64]")
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (EXHAUSTED, True),
+        (type("Subclass", (ResourceExhaustedError,), {})("x"), True),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes."), True),
+        (RuntimeError("Failed to load in-memory CUBIN: CUDA_ERROR_OUT_OF_MEMORY: out of memory"), True),
+        (caused(ValueError("Exception encountered when calling SAM.call()"), EXHAUSTED), True),
+        (MemoryError("Unable to allocate 3 GiB"), False),
+        (RuntimeError("INTERNAL: no luck"), False),
+    ],
+    ids=str,
+)
+def test_out_of_memory_is_known_by_its_name_or_its_status(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_the_backends_own_errors_are_known() -> None:
+    tensorflow = pytest.importorskip("tensorflow")
+    assert is_out_of_memory(tensorflow.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor"))
+    assert not is_out_of_memory(tensorflow.errors.InvalidArgumentError(None, None, "shape"))
+    jax = pytest.importorskip("jax")
+    assert is_out_of_memory(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes."))
+    assert not is_out_of_memory(jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shape"))
+
+
+def test_memory_that_runs_out_halves_the_batch_for_the_rest_of_the_process(
+    label: Label, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = rows(label(photos_chunk(6), amg=SMALL_BATCHES))
+    health, device = ModelHealth(), SmallDevice(4, EXHAUSTED)
+    assert rows(label(photos_chunk(6), device, health, amg=SMALL_BATCHES)) == expected
+    assert caplog.text.count("points_per_batch is 4 instead of 8 from here on") == 1
+    assert 1 <= health.out_of_memory < 6  # those that were in flight when the first one failed, no others
+    assert device.batches.count(8) == health.out_of_memory
+
+    device.batches.clear()
+    assert rows(label(photos_chunk(6), device, health, amg=SMALL_BATCHES)) == expected
+    assert set(device.batches) == {4}
+
+
+def test_a_batch_of_one_is_not_halved(label: Label) -> None:
+    device = SmallDevice(0, EXHAUSTED)
+    with pytest.raises(ModelBroken, match="OOM when allocating"):
+        label(photos_chunk(3), device, amg=replace(AMG, points_per_batch=1))
+    assert set(device.batches) == {1}
+
+
+def test_the_batch_is_halved_once_and_then_the_rule_for_errors_of_the_model_holds(label: Label) -> None:
+    device = SmallDevice(3, EXHAUSTED)
+    with pytest.raises(ModelBroken, match=r"3 images in a row.*OOM when allocating.*lower --points_per_batch"):
+        label(photos_chunk(6), device, amg=SMALL_BATCHES)
+    assert set(device.batches) == {8, 4}
+
+
+def test_other_errors_leave_the_batch_as_it_is(label: Label) -> None:
+    device, health = SmallDevice(4, MemoryError("the host's")), ModelHealth()
+    with pytest.raises(ModelBroken):
+        label(photos_chunk(3), device, health, amg=SMALL_BATCHES)
+    assert set(device.batches) == {8} and health.out_of_memory == 0
+
+
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_exif_orientation_is_applied_and_recorded(label: Label, orientation: int) -> None:
     exif = Image.Exif()
@@ -289,6 +392,19 @@ def test_each_image_is_recorded_for_the_progress_bar(tmp_path: Path) -> None:
     (file,) = tmp_path.iterdir()
     sizes = sorted(len(image.data) for chunk in CHUNKS for image in chunk.images)
     assert sorted(size for (size,) in struct.iter_unpack("<Q", file.read_bytes())) == sizes
+
+
+def load_small_device(config: ModelConfig) -> SmallDevice:
+    return SmallDevice(32, EXHAUSTED)  # half of the default
+
+
+def test_images_that_were_tried_again_for_want_of_memory_are_counted(label: Label) -> None:
+    pipeline = test_pipeline.TestPipeline(runner="FnApiRunner")
+    labeled = pipeline | generate(CHUNKS[0], load=load_small_device) | beam.Map(labeled_rows)
+    assert_that(labeled, equal_to([labeled_rows(label(CHUNKS[0]))]))
+    result = pipeline.run()
+    (counter,) = result.metrics().query(beam.metrics.MetricsFilter().with_name("out_of_memory"))["counters"]
+    assert counter.committed == 2
 
 
 def test_an_unknown_dtype_is_refused() -> None:

@@ -39,6 +39,11 @@ IMAGE_EXTENSIONS = frozenset(
 )
 
 
+# A progressive JPEG is stored in scans, about ten. Ten bytes can make another one, as expensive as all the others.
+MAX_JPEG_SCANS = 1000
+_START_OF_SCAN = b"\xff\xda"  # never within a scan's data, where 0xff is followed by 0
+
+
 def has_image_extension(name: str) -> bool:
     """True for names that end like an image file, in any case.
 
@@ -113,6 +118,11 @@ def decode_image(data: bytes, config: ImageConfig) -> DecodedImage:
             raise ImageError(
                 f"the image has {width} x {height} = {width * height} pixels, more than the limit of "
                 f"{config.max_pixels} that guards against decompression bombs. If it is genuine, raise --max_pixels."
+            )
+        if format_name == "JPEG" and data.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
+            raise ImageError(
+                f"the JPEG has more than {MAX_JPEG_SCANS} scans, each of which takes as long as a whole image: it "
+                "would be decoded for hours. If it is genuine, save it anew with fewer."
             )
         image.load()
         orientation = _exif_orientation(image)

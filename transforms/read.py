@@ -5,6 +5,7 @@ A broken file never raises: it gives the images that can be had, and a failed on
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -19,16 +20,35 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from transforms.images import has_image_extension
+from transforms.parquet_footer import schema_depth
 from transforms.records import Chunk, EncodedImage, Failure, Shard, SourceFile, printable
-from transforms.source import BUFFER_BYTES, decompress, describe_error, open_file, read_up_to
+from transforms.source import (
+    BUFFER_BYTES,
+    allowed_inflation,
+    decompress,
+    describe_bomb,
+    describe_error,
+    open_file,
+    read_up_to,
+)
 
 # A chunk also closes at this many bytes of encoded images, since it is held in memory.
 CHUNK_BYTES = 256 * 2**20
 # No image is that large: a length beyond it is a broken file, or somebody else's format.
 MAX_IMAGE_BYTES = 2**30
 
+# What precedes a tar member's data: names, and whatever else its tools note. Python reads all of it into memory, and
+# versions before 3.11.10 and 3.12.6 take quadratic time for it (CVE-2024-6232).
+MAX_TAR_HEADER_BYTES = 2**17
+MAX_TAR_GLOBAL_HEADERS = 100
+# A whole archive is read with three of these.
+_MAX_READS_PAST_END = 10
+
+MAX_PARQUET_NESTING = 100
+
 # Characters of a failure's reason: members and columns are named in it, and there may be thousands.
 MAX_REASON = 1000
+_MEMBERS_NAMED = 20
 
 # Images of a tar's sample that are held until a photo shows that they are its annotations: at most so many, or bytes.
 HELD_IMAGES = 16
@@ -173,14 +193,15 @@ def relative_path(path: str, root: str) -> str:
 def read_loose(file: SourceFile) -> Sample:
     """One image file."""
     name = printable(file.path.rpartition("/")[2])
+    too_large = Sample(file_name=name, reason=f"the file is larger than {MAX_IMAGE_BYTES} bytes")
+    if file.num_bytes > MAX_IMAGE_BYTES:
+        return too_large
     try:
         with open_file(file) as source:
             data = read_up_to(source, MAX_IMAGE_BYTES + 1)
     except OSError as error:
         return Sample(file_name=name, reason=str(error))
-    if len(data) > MAX_IMAGE_BYTES:
-        return Sample(file_name=name, reason=f"the file is larger than {MAX_IMAGE_BYTES} bytes")
-    return Sample(data, file_name=name)
+    return Sample(data, file_name=name) if len(data) <= MAX_IMAGE_BYTES else too_large
 
 
 Reader = Callable[[io.BufferedReader, ReadConfig], Iterator[Sample]]
@@ -285,13 +306,49 @@ def parse_example(record: bytes, config: ReadConfig) -> Sample:
     )
 
 
+class _TarStream:
+    """What tarfile reads from, with a limit on what it reads for one header, and no way past the end."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._header_bytes_left: int | None = None
+        self._reads_past_end = 0
+
+    def read(self, num_bytes: int) -> bytes:
+        data = self._stream.read(num_bytes)
+        if not data:
+            self._reads_past_end += 1
+            # tarfile would go on, block by block, through all the bytes that a header claims.
+            if self._reads_past_end > _MAX_READS_PAST_END:
+                raise tarfile.ReadError("unexpected end of data")
+        if self._header_bytes_left is not None:
+            self._header_bytes_left -= len(data)
+            if self._header_bytes_left < 0:
+                raise ValueError(f"a member's header has more than {MAX_TAR_HEADER_BYTES} bytes")
+        return data
+
+    @contextlib.contextmanager
+    def reading_header(self) -> Iterator[None]:
+        """Within this, reading is limited. Headers consist of headers; the limit is for all of a member's."""
+        outermost = self._header_bytes_left is None
+        if outermost:
+            self._header_bytes_left = MAX_TAR_HEADER_BYTES
+        try:
+            yield
+        finally:
+            if outermost:
+                self._header_bytes_left = None
+
+
 class _StrictTarInfo(tarfile.TarInfo):
-    """Reports a cut or damaged header, which tarfile would take for the end of the archive."""
+    """Reports a cut, damaged or endless header; the first two tarfile would take for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _StrictTarInfo:
+        stream: _TarStream = tar.fileobj.fileobj  # type: ignore[attr-defined]
         try:
-            return super().fromtarfile(tar)
+            with stream.reading_header():
+                return super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the zeros that end an archive
             raise
         except tarfile.HeaderError as error:
@@ -308,14 +365,23 @@ def read_tar(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
     """
     stream = source if source.peek(262)[257:262] == b"ustar" else decompress(source)
     # Small blocks: of a compressed stream that breaks off, the block in which it does is lost.
-    with tarfile.open(fileobj=stream, mode="r|", bufsize=512, tarinfo=_StrictTarInfo, errors="backslashreplace") as tar:
+    with tarfile.open(  # type: ignore[call-overload]
+        fileobj=_TarStream(stream),  # it needs no more than read
+        mode="r|",
+        bufsize=512,
+        tarinfo=_StrictTarInfo,
+        errors="backslashreplace",
+    ) as tar:
+        last_name: str | None = None
         names: list[str] = []
         images: list[Sample] = []
         try:
             for key, members in itertools.groupby(_tar_members(tar), lambda member: webdataset_key(member.name)):
                 names, images, photo, given = [], [], False, False
                 for member in members:
-                    names.append(member.name)
+                    last_name = member.name
+                    if len(names) < _MEMBERS_NAMED:
+                        names.append(member.name)
                     if photo or not member.isreg() or not has_image_extension(member.name):
                         continue
                     photo = not given and member.name.count(".", len(key)) == 1
@@ -334,13 +400,15 @@ def read_tar(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
             _check_end(tar)
         except Exception as error:
             yield from images
-            where = f"after member {names[-1]!r}, " if names else ""
+            where = f"after member {last_name!r}, " if last_name is not None else ""
             raise ValueError(f"{where}at byte {tar.fileobj.tell()} of the archive: {describe_error(error)}") from error
 
 
 def _tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all of them
+        if len(tar.pax_headers) > MAX_TAR_GLOBAL_HEADERS:  # and these
+            raise ValueError(f"the archive has more than {MAX_TAR_GLOBAL_HEADERS} global headers")
         # macOS puts a file "._name" with metadata before each file.
         if not member.isdir() and not member.name.rpartition("/")[2].startswith("._"):
             yield member
@@ -352,7 +420,8 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, key: str) -> Sam
         return Sample(key=key, file_name=member.name, reason=reason)
     file = tar.extractfile(member)
     assert file is not None  # it is a regular file
-    return Sample(file.read(), key, member.name)
+    # Piece by piece: of a sparse file, tarfile would copy all it has so far at each hole.
+    return Sample(read_up_to(file, member.size), key, member.name)
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
@@ -374,6 +443,8 @@ def webdataset_key(name: str) -> str:
 
 def read_parquet(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
     """The rows of a Parquet file with a column of encoded images."""
+    num_bytes = source.seek(0, io.SEEK_END)
+    _check_nesting(source, num_bytes)
     # A row at a time through a buffer: row groups are often as large as the file.
     table = pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False)
     schema = table.schema_arrow
@@ -384,14 +455,44 @@ def read_parquet(source: io.BufferedReader, config: ReadConfig) -> Iterator[Samp
     key = next((name for name in config.parquet_key if name in schema.names), None)
     file_name = next((name for name in config.parquet_file_name if name in schema.names), None)
     columns = list(dict.fromkeys(name for name in (image, key, file_name) if name is not None))
+    num_rows = table.metadata.num_rows
+    # Not of its columns: asking a damaged file for those ends the process (pyarrow 25).
+    inflated = sum(table.metadata.row_group(index).total_byte_size for index in range(table.num_row_groups))
+    if inflated > allowed_inflation(num_bytes):
+        raise ValueError(describe_bomb(inflated, num_bytes))
     row = 0
     try:
         for batch in table.iter_batches(batch_size=1, columns=columns, use_threads=False):
-            for values in batch.to_pylist():
+            try:
+                rows = batch.to_pylist()
+            except UnicodeDecodeError as error:  # Parquet's writers need not check strings
+                yield Sample(reason=f"a text of row {row} is no UTF-8: {error}")
+                row += 1
+                continue
+            for values in rows:
                 yield _parse_row(values, image, key, file_name)
                 row += 1
     except Exception as error:
-        raise ValueError(f"at row {row} of {table.metadata.num_rows}: {describe_error(error)}") from error
+        raise ValueError(f"at row {row} of {num_rows}: {describe_error(error)}") from error
+    if row != num_rows:  # nothing in a Parquet file covers its counts
+        raise ValueError(f"there are {row} rows, but the file's footer says {num_rows}")
+
+
+def _check_nesting(source: io.BufferedReader, num_bytes: int) -> None:
+    """Refuses a schema that would overflow Arrow's stack. All else that may be wrong, Arrow tells."""
+    # A file ends with: FileMetaData | its length, uint32 little endian | PAR1.
+    source.seek(max(num_bytes - 8, 0))
+    tail = source.read(8)
+    footer_bytes = int.from_bytes(tail[:4], "little")
+    if tail[4:] != b"PAR1" or footer_bytes > num_bytes - 8:
+        return
+    source.seek(num_bytes - 8 - footer_bytes)
+    try:
+        depth = schema_depth(source.read(footer_bytes))
+    except (ValueError, IndexError) as error:
+        raise ValueError("the file's footer is damaged: it holds no schema") from error
+    if depth > MAX_PARQUET_NESTING:
+        raise ValueError(f"the schema nests {depth} levels deep; at most {MAX_PARQUET_NESTING} are read")
 
 
 def _holds_bytes(schema: pa.Schema, name: str) -> bool:
@@ -407,6 +508,8 @@ def _parse_row(values: dict[str, Any], image: str, key: str | None, file_name: s
         data, path = data["bytes"], data.get("path")
     name = _text(values[file_name] if file_name else path)
     reason = None
+    if data is not None and len(data) > MAX_IMAGE_BYTES:
+        data, reason = b"", f"{image} has {len(data)} bytes; at most {MAX_IMAGE_BYTES} are read"
     if data is None:
         reason = f"{image} is null"
         if path is not None:

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import struct
 import sys
 import threading
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import apache_beam as beam
+from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
 from transforms.amg import DTYPES, AmgConfig, Crop, ImageMasks, Sam, prepare_crops, propose_image, select_masks
@@ -36,6 +38,9 @@ _ENCODE_BEHIND = 3
 
 # So many images in a row that the model fails on mean that the model is broken, not the images.
 _MAX_MODEL_FAILURES_IN_A_ROW = 3
+
+# How XLA and CUDA say that the device's memory ran out.
+_OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|CUDA_ERROR_OUT_OF_MEMORY")
 
 # What a process appends to its progress file for each image: the encoded bytes.
 PROGRESS_RECORD = struct.Struct("<Q")
@@ -100,13 +105,54 @@ class ModelBroken(RuntimeError):
     """The model fails on every image: the accelerator, its memory or the installation, not the data."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if the device's memory ran out, on either backend. The host's MemoryError is something else.
+
+    TensorFlow raises ResourceExhaustedError, or what XLA says as an InternalError; JAX raises XlaRuntimeError or
+    JaxRuntimeError with the status in its text; Keras may wrap any of them.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        names = {kind.__name__ for kind in type(cause).__mro__}
+        if "ResourceExhaustedError" in names or _OUT_OF_MEMORY.search(str(cause)):
+            return True
+        cause = cause.__cause__
+    return False
+
+
 @dataclass
 class ModelHealth:
-    """Tells a bad image from a broken model, over the chunks of one process."""
+    """Tells a bad image from a broken model, and knows what the device can hold, over the chunks of one process.
+
+    Attributes:
+      batch_divisor: 2 once the device's memory ran out: points_per_batch is halved from then on. Never more: a device
+        that cannot hold half of what was asked for wants another setting, not slower and slower work.
+      out_of_memory: images that were tried again because of that.
+    """
 
     last_good: _Decoded | None = None
     failures_in_a_row: int = 0
     reasons: list[str] = field(default_factory=list)
+    batch_divisor: int = 1
+    out_of_memory: int = 0
+
+    def fit_batch(self, config: AmgConfig) -> AmgConfig:
+        """The parameters with a points_per_batch that the device can hold, as far as is known."""
+        if self.batch_divisor == 1:
+            return config
+        return replace(config, points_per_batch=max(config.points_per_batch // self.batch_divisor, 1))
+
+    def ran_out_of_memory(self, config: AmgConfig) -> None:
+        """The device's memory ran out on an image, which is tried again next."""
+        self.out_of_memory += 1
+        if self.batch_divisor == 1 and config.points_per_batch > 1:
+            self.batch_divisor = 2
+            _log.warning(
+                "the device's memory ran out: points_per_batch is %d instead of %d from here on. Set "
+                "--points_per_batch lower to begin with that",
+                self.fit_batch(config).points_per_batch,
+                config.points_per_batch,
+            )
 
     def succeeded(self, image: _Decoded) -> None:
         """An image got through."""
@@ -178,6 +224,9 @@ def label_chunk(
     labeled: list[LabeledImage] = []
     last_error: Exception | None = None
 
+    def generate(decoded: _Decoded) -> Future[ImageMasks]:
+        return _generate(sam, decoded, health.fit_batch(amg_config), threads)
+
     def done(image: LabeledImage) -> None:
         labeled.append(image)
         image_done(image)
@@ -189,8 +238,10 @@ def label_chunk(
             result = future.result()
         except Exception as first_error:
             _log.warning("%s failed (%s), trying again", decoded.labeled.source.image_id, describe_error(first_error))
+            if is_out_of_memory(first_error):
+                health.ran_out_of_memory(amg_config)
             try:
-                result = _generate(sam, decoded, amg_config, threads).result()
+                result = generate(decoded).result()
             except Exception as error:
                 last_error = error
                 health.failed(decoded.labeled.source.image_id, error)
@@ -218,12 +269,12 @@ def label_chunk(
                 finish_oldest()
             done(decoded.labeled)
             continue
-        behind.append((decoded, _generate(sam, decoded, amg_config, threads)))
+        behind.append((decoded, generate(decoded)))
         if len(behind) > _ENCODE_BEHIND:
             finish_oldest()
     while behind:
         finish_oldest()
-    health.check_chunk(last_error, lambda decoded: _generate(sam, decoded, amg_config, threads))
+    health.check_chunk(last_error, generate)
     return LabeledChunk(chunk.shard, chunk.index, tuple(labeled), chunk.final, chunk.digest)
 
 
@@ -334,6 +385,7 @@ class _GenerateMasksFn(beam.DoFn):
 
     def process(self, chunk: Chunk) -> Iterator[LabeledChunk]:
         with self._model.lock:
+            out_of_memory = self._model.health.out_of_memory
             labeled = label_chunk(
                 self._model.sam,
                 chunk,
@@ -343,6 +395,9 @@ class _GenerateMasksFn(beam.DoFn):
                 self._model.health,
                 image_done=self._image_done,
             )
+            out_of_memory = self._model.health.out_of_memory - out_of_memory
+        if out_of_memory:
+            Metrics.counter("maskbeam", "out_of_memory").inc(out_of_memory)
         yield labeled
 
     def _image_done(self, image: LabeledImage) -> None:
