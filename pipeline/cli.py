@@ -14,6 +14,8 @@ _COMMANDS = {
         "pipeline.certify",
         "compare the masks of a lower precision with those of float32 on a sample of the images",
     ),
+    "export": ("pipeline.export", "write labels in the format of another tool: COCO, SA-1B, YOLO, pictures"),
+    "import": ("pipeline.import_coco", "make labels of COCO annotations or results"),
     "demo": ("pipeline.demo", "label a few photos with the embedded model and draw the masks"),
 }
 
