@@ -183,8 +183,8 @@ def check_output(config: ExportConfig) -> None:
     for entry in (*_ENTRIES[config.format], TEMPORARY_DIR):
         if entry not in (*before, TEMPORARY_DIR) and os.path.lexists(os.path.join(output, entry)):
             raise ValueError(
-                f"--output {output} already has {entry}, which no export made (there is no {EXPORT_FILE} that says so). "
-                "Choose another directory."
+                f"--output {output} already has {entry}, which no export made (no {EXPORT_FILE} says so). Choose "
+                "another directory."
             )
 
 
@@ -346,7 +346,7 @@ def _export_yolo(labels: Labels, config: ExportConfig) -> str:
             with files.create("labels", image, ".txt") as file:
                 file.write(yolo_text(masks, classes, loss).encode())
         # A JSON string is one of YAML, too.
-        names = "".join(f"  {index}: {json.dumps(category['name'])}\n" for index, category in enumerate(categories))
+        names = "".join(f"  {index}: {json.dumps(category.get('name', str(category['id'])))}\n" for index, category in enumerate(categories))
         (files.directory / "data.yaml").write_text(
             "# Put or link the images into images/, by the names that they have in labels/, and make a split of them.\n"
             f"train: images\nval: images\nnames:\n{names}",

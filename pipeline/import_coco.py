@@ -28,8 +28,8 @@ _CHUNK_SIZE = InputConfig.chunk_size
 T = TypeVar("T")
 
 _DESCRIPTION = (
-    "Makes labels of COCO annotations or results. Polygons and uncompressed RLE become RLE, as pycocotools does it; all "
-    "else that the file says is kept, and exported again."
+    "Makes labels of COCO annotations or results. Polygons and uncompressed RLE become RLE, as pycocotools does it; "
+    "all else that the file says is kept, and exported again."
 )
 
 

@@ -190,16 +190,26 @@ def coco_to_image(record: dict[str, Any], row: int, annotations: Sequence[dict[s
       ValueError: a record does not have what it needs, or has it wrong.
     """
     name, width, height = (record.get(key) for key in ("file_name", "width", "height"))
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"the image with id {record['id']!r} has no file_name")
+    image_id = record.get("image_id", name)
+    for text in (name, image_id):
+        if not _is_text(text):
+            raise ValueError(f"the image with id {record['id']!r} has file_name {text!r}; expected text, not empty")
     sides = (width, height)
     if not all(isinstance(side, int) and 0 < side <= _INT32_MAX for side in sides):
         raise ValueError(
             f"the image with id {record['id']!r} has width {width!r} and height {height!r}; expected pixels"
         )
     masks = tuple(coco_to_mask(annotation, (height, width)) for annotation in annotations)
-    source = EncodedImage(record.get("image_id", name), row, str(record["id"]), name, b"")
+    source = EncodedImage(image_id, row, str(record["id"]), name, b"")
     return LabeledImage(source, 0, "", (height, width), exif_orientation=1, masks=masks, num_candidates=len(masks))
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 can store; JSON can also say halves of surrogate pairs."""
+    try:
+        return isinstance(value, str) and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def coco_to_mask(record: dict[str, Any], size_hw: tuple[int, int]) -> Mask:

@@ -39,7 +39,8 @@ def file_names(file_name: str, image_id: str, extension: str) -> list[str]:
     '%/%2E%2E/%25a%0A.txt'
     """
     digest = hashlib.sha256(image_id.encode("utf-8", "surrogatepass")).hexdigest()
-    names = [_safe_path(stem(file_name)) + extension, _safe_path(image_id) + extension]
+    paths = [path for path in (stem(file_name), image_id) if len(path) <= _MAX_PATH_BYTES]
+    names = [_safe_path(path) + extension for path in paths]
     return [name for name in names if _fits(name)] + [f"%{digest}{extension}"]
 
 
