@@ -346,7 +346,10 @@ def _export_yolo(labels: Labels, config: ExportConfig) -> str:
             with files.create("labels", image, ".txt") as file:
                 file.write(yolo_text(masks, classes, loss).encode())
         # A JSON string is one of YAML, too.
-        names = "".join(f"  {index}: {json.dumps(category.get('name', str(category['id'])))}\n" for index, category in enumerate(categories))
+        names = "".join(
+            f"  {index}: {json.dumps(category.get('name', str(category['id'])))}\n"
+            for index, category in enumerate(categories)
+        )
         (files.directory / "data.yaml").write_text(
             "# Put or link the images into images/, by the names that they have in labels/, and make a split of them.\n"
             f"train: images\nval: images\nnames:\n{names}",

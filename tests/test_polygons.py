@@ -76,7 +76,9 @@ def test_joined_parts_enclose_what_the_parts_do(places: list[tuple[int, int]]) -
     assert len(joined) == sum(map(len, parts)) + 2 * (len(parts) - 1)
     assert area(joined) == mask.sum()
     # Lines there and back are at the side of pixels or go across them, where a filler may take a few.
-    assert polygons_iou([numbers(joined)], rle.polygons_to_counts([numbers(p) for p in parts], (12, 12)), (12, 12)) > 0.9
+    assert (
+        polygons_iou([numbers(joined)], rle.polygons_to_counts([numbers(p) for p in parts], (12, 12)), (12, 12)) > 0.9
+    )
 
 
 def test_loss_counts_what_is_lost() -> None:

@@ -156,7 +156,7 @@ def test_long_runs_have_their_lengths() -> None:
 
 @pytest.mark.parametrize("counts", ["", "2", "3", "222", "12J3", "4o", "o", " ", "ü", "P", "\u20ac", "`" * 20 + "0"])
 def test_what_is_no_rle_of_the_size_is_an_error(counts: str) -> None:
-    with pytest.raises(ValueError, match="RLE|runs"):
+    with pytest.raises(ValueError, match=r"RLE|runs"):
         rle.check_counts(counts, (2, 2))
 
 

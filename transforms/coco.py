@@ -234,7 +234,7 @@ def coco_to_mask(record: dict[str, Any], size_hw: tuple[int, int]) -> Mask:
             crop_box_xywh=(float(crop_x), float(crop_y), float(crop_w), float(crop_h)),
         )
         for name in ("predicted_iou", "stability_score"):
-            if abs(getattr(mask, name)) > np.finfo(np.float32).max:
+            if abs(getattr(mask, name)) > float(np.finfo(np.float32).max):
                 raise ValueError(f"its {name} or score is {getattr(mask, name)}; expected a float of 32 bits")
         return mask
     except (ValueError, TypeError) as error:
