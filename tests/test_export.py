@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from pipeline import cli
 from tests.conftest import Labels, label, photo_bytes, read_labels, write_photos
 from tests.test_import import DISC, rle_of, run_import
 from tests.test_read import tar_bytes
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,22 @@ def test_labels_without_masks_are_files_without_annotations(tmp_path: Path) -> N
     assert len(coco.imgs) == 1 and not coco.anns
     for form in ("sa1b", "yolo", "png"):
         assert export(labels, form, tmp_path / form) == 0
+
+
+def test_duckdb_and_hugging_face_datasets_load_the_tables_as_the_readme_says(
+    labeled: Labeled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(import duckdb.*?)```", README.read_text(), re.DOTALL)
+    monkeypatch.chdir(labeled.directory.parent)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    loaded: dict[str, Any] = {}
+    exec(code, loaded)
+    rows = labeled.rows.annotations
+    assert dict(loaded["areas"]) == {
+        image_id: pytest.approx(np.mean([row["area"] for row in labeled.masks(image_id)]))
+        for image_id in {row["image_id"] for row in rows}
+    }
+    assert sorted(loaded["masks"]["area"]) == sorted(row["area"] for row in rows)
 
 
 # Directories.

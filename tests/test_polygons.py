@@ -5,10 +5,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from pycocotools import mask as coco_mask
 from scipy import ndimage
 
 from transforms import rle
-from transforms.polygons import Outlines, PolygonLoss, join_parts, mask_to_outlines, polygons_iou
+from transforms.polygons import Outlines, PolygonLoss, counts_to_outlines, join_parts, mask_to_outlines, polygons_iou
 
 masks = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=10))
 RING = np.pad(np.zeros((2, 3), bool), 1, constant_values=True)
@@ -99,3 +100,11 @@ def test_iou_of_a_filled_ring() -> None:
     counts = rle.lengths_to_counts([0, 5, 2, 2, 2, 2, 2, 5], (4, 5))
     np.testing.assert_array_equal(rle.counts_to_mask(counts, (4, 5)), RING)
     assert polygons_iou([numbers(part)], counts, (4, 5)) == pytest.approx(14 / 20)
+
+
+def test_outlines_of_an_rle_are_where_its_mask_is() -> None:
+    mask = np.pad(RING, ((2, 1), (3, 0)))
+    counts = coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+    outlines = counts_to_outlines(counts, mask.shape)
+    assert [part.tolist() for part in outlines.parts] == [[[3, 2], [8, 2], [8, 6], [3, 6]]] and outlines.holes == 1
+    assert counts_to_outlines(rle.lengths_to_counts([6], (2, 3)), (2, 3)) == Outlines((), 0)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from transforms import rle
-from transforms.polygons import PolygonLoss, mask_to_outlines, polygons_iou
+from transforms.polygons import PolygonLoss, counts_to_outlines, polygons_iou
 from transforms.records import EncodedImage, LabeledImage, Mask
 from transforms.schema import CATEGORY_OBJECT
 
@@ -115,7 +115,7 @@ def segmentation_to_polygons(mask: dict[str, Any], loss: PolygonLoss) -> list[li
     if mask["iscrowd"] or not mask["area"]:
         return segmentation
     counts, size_hw = segmentation["counts"], tuple(segmentation["size"])
-    outlines = mask_to_outlines(rle.counts_to_mask(counts, size_hw))
+    outlines = counts_to_outlines(counts, size_hw)
     polygons = [part.ravel().tolist() for part in outlines.parts]
     loss.count(outlines, polygons_iou(polygons, counts, size_hw), mask_name(mask))
     return polygons

@@ -17,7 +17,7 @@ import numpy as np
 from transforms import rle
 from transforms.coco import mask_name, shortest
 from transforms.images import has_image_extension
-from transforms.polygons import PolygonLoss, join_parts, mask_to_outlines, polygons_iou
+from transforms.polygons import PolygonLoss, counts_to_outlines, join_parts, polygons_iou
 
 # Digits after the point of coordinates between 0 and 1: a hundredth of a pixel in the largest images.
 _YOLO_DIGITS = 6
@@ -140,7 +140,7 @@ def yolo_text(masks: Sequence[dict[str, Any]], classes: Mapping[int, int], loss:
             loss.empty += 1
             continue
         counts, size_hw = mask["segmentation"]["counts"], tuple(mask["segmentation"]["size"])
-        outlines = mask_to_outlines(rle.counts_to_mask(counts, size_hw))
+        outlines = counts_to_outlines(counts, size_hw)
         scale_xy = np.array(size_hw[::-1])
         fractions_xy = np.round(join_parts(outlines.parts) / scale_xy, _YOLO_DIGITS)
         loss.polygons.count(

@@ -56,6 +56,14 @@ def mask_to_outlines(mask: np.ndarray) -> Outlines:
     return Outlines(parts, len(rings) - len(parts))
 
 
+def counts_to_outlines(counts: str, size_hw: tuple[int, int]) -> Outlines:
+    """Outlines of an RLE; only its bounding box is looked at."""
+    _, bbox_xywh = rle.area_and_bbox_xywh(counts, size_hw)
+    x, y, w, h = (int(side) for side in bbox_xywh)
+    outlines = mask_to_outlines(rle.counts_to_mask(counts, size_hw)[y : y + h, x : x + w])
+    return Outlines(tuple(part + [x, y] for part in outlines.parts), outlines.holes)
+
+
 def _neighbours(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The four pixels around each of the (H + 1, W + 1) corners."""
     padded = np.pad(mask, 1)
