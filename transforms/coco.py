@@ -189,13 +189,14 @@ def coco_to_image(record: dict[str, Any], row: int, annotations: Sequence[dict[s
     Raises:
       ValueError: a record does not have what it needs, or has it wrong.
     """
-    name, width, height = (record.get(key) for key in ("file_name", "width", "height"))
+    name: Any = record.get("file_name")
+    width: Any = record.get("width")
+    height: Any = record.get("height")
     image_id = record.get("image_id", name)
     for text in (name, image_id):
         if not _is_text(text):
             raise ValueError(f"the image with id {record['id']!r} has file_name {text!r}; expected text, not empty")
-    sides = (width, height)
-    if not all(isinstance(side, int) and 0 < side <= _INT32_MAX for side in sides):
+    if not all(isinstance(side, int) and 0 < side <= _INT32_MAX for side in (width, height)):
         raise ValueError(
             f"the image with id {record['id']!r} has width {width!r} and height {height!r}; expected pixels"
         )
