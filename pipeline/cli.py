@@ -15,6 +15,8 @@ _COMMANDS = {
         "compare the masks of a lower precision with those of float32 on a sample of the images",
     ),
     "plan": ("pipeline.plan", "tell what a run will take: files, bytes, hours and money, without reading the images"),
+    "export": ("pipeline.export", "write labels in the format of another tool: COCO, SA-1B, YOLO, pictures"),
+    "import": ("pipeline.import_coco", "make labels of COCO annotations or results"),
     "demo": ("pipeline.demo", "label a few photos with the embedded model and draw the masks"),
 }
 

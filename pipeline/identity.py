@@ -24,6 +24,7 @@ from transforms.summary import SUMMARY_FILE, read_json, write_json
 from transforms.write import (
     ANNOTATIONS_DIR,
     IMAGES_DIR,
+    RUN_FILE,
     TEMPORARY_DIR,
     delete_file,
     delete_tree,
@@ -31,11 +32,10 @@ from transforms.write import (
     parse_chunk_name,
 )
 
-RUN_FILE = "run.json"
 _OUR_DIRS = (ANNOTATIONS_DIR, IMAGES_DIR, TEMPORARY_DIR)
 
 # What may differ between starts of one run: names for people, not what makes the rows.
-_NOT_IDENTITY = ("model", "versions")
+_NOT_IDENTITY = ("model", "versions", "coco")
 
 _VERSIONED = ("maskbeam", "apache-beam", "keras", "keras-hub", "tensorflow", "jax", "numpy", "pycocotools", "pyarrow")
 _WEIGHT_FILES = ("model.weights.h5", "model.weights.json")
@@ -61,11 +61,12 @@ def describe_run(job: Job, root: str) -> dict[str, Any]:
         "dtype": job.model.dtype,
         "backend": default_backend(),
         "amg": asdict(job.amg),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions()},
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Installed versions of what has a part in the rows."""
     found = {}
     for package in _VERSIONED:
         try:

@@ -33,6 +33,8 @@ _TITLES = {
     "certificate": "certificate",
     "plan": "plan",
     "dataflow": "Dataflow",
+    "export": "export",
+    "imported": "import",
 }
 
 # Beam's "DirectRunner" first tries to download another runner's binary; this one is in the package and runs in process.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from pipeline.export import ExportConfig, parse_export
+from pipeline.import_coco import ImportConfig, parse_import
 from pipeline.options import label_parser, parse_label
 from pipeline.plan import parse_plan
 from transforms.schema import ANNOTATIONS, IMAGES
@@ -25,6 +28,7 @@ def test_every_field_of_the_output_is_described(field: str) -> None:
 
 def test_every_flag_exists() -> None:
     known = {option for action in label_parser()._actions for option in action.option_strings}
+    known |= {f"--{field.name}" for config in (ExportConfig, ImportConfig) for field in fields(config)}
     beams = {"--direct_num_workers", "--direct_running_mode"}
     assert set(re.findall(r"`(--\w+)", README)) - known - beams == set()
 
@@ -41,6 +45,15 @@ def test_every_plan_command_is_understood(command: str) -> None:
 
 def test_there_are_commands() -> None:
     assert len(LABEL_COMMANDS) >= 2 and PLAN_COMMANDS
+@pytest.mark.parametrize(
+    ("command", "flags"), re.findall(r"^\S*maskbeam (export|import) (--.*)$", README, re.MULTILINE)
+)
+def test_every_export_and_import_command_is_understood(command: str, flags: str) -> None:
+    {"export": parse_export, "import": parse_import}[command](shlex.split(flags))
+
+
+def test_there_are_label_commands() -> None:
+    assert len(LABEL_COMMANDS) >= 2
 
 
 @pytest.mark.parametrize("target", re.findall(r"^make (\w+)$", README, re.MULTILINE))

@@ -132,3 +132,46 @@ def test_iou(others: list[list[list[int]]], expected: list[float]) -> None:
 
 def test_iou_of_empty_masks_is_zero() -> None:
     assert rle.iou(coco_counts(ZEROS), [coco_counts(ZEROS)], ZEROS.shape).tolist() == [0]
+
+
+@settings(deadline=None)
+@given(masks)
+@example(ZEROS)
+@example(ONES)
+@example(np.indices((60, 60)).sum(axis=0) % 7 == 0)  # many runs, most of one length
+def test_lengths_are_the_runs_of_the_columns(mask: np.ndarray) -> None:
+    column_major = np.r_[False, mask.T.ravel()]  # the first run is of zeros, though it may be empty
+    changes = np.flatnonzero(np.diff(column_major))
+    expected = np.diff(np.r_[0, changes, mask.size])
+    np.testing.assert_array_equal(rle.counts_to_lengths(coco_counts(mask)), expected)
+    assert rle.lengths_to_counts(expected.tolist(), mask.shape) == coco_counts(mask)
+    rle.check_counts(coco_counts(mask), mask.shape)
+
+
+def test_long_runs_have_their_lengths() -> None:
+    lengths = [0, 1, 2**31, 5, 3, 2**29, 70000]
+    counts = coco_mask.frPyObjects({"size": [sum(lengths), 1], "counts": lengths}, sum(lengths), 1)["counts"].decode()
+    assert rle.counts_to_lengths(counts).tolist() == lengths
+
+
+@pytest.mark.parametrize("counts", ["", "2", "3", "222", "12J3", "4o", "o", " ", "ü", "P", "\u20ac", "`" * 20 + "0"])
+def test_what_is_no_rle_of_the_size_is_an_error(counts: str) -> None:
+    with pytest.raises(ValueError, match=r"RLE|runs"):
+        rle.check_counts(counts, (2, 2))
+
+
+@pytest.mark.parametrize("lengths", [[], [3], [5], [6, -2], [2, 2, 1]])
+def test_lengths_of_another_size_are_an_error(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="expected 2 x 2 = 4 pixels"):
+        rle.lengths_to_counts(lengths, (2, 2))
+
+
+def test_polygons_are_filled_together() -> None:
+    counts = rle.polygons_to_counts([[0, 0, 2, 0, 2, 1, 0, 1], [1, 0, 3, 0, 3, 2, 1, 2]], (2, 3))
+    np.testing.assert_array_equal(rle.counts_to_mask(counts, (2, 3)), np.array([[1, 1, 1], [0, 1, 1]], bool))
+
+
+@pytest.mark.parametrize("polygons", [[], [[]], [[0, 0, 1, 1]], [[0, 0, 1, 1, 2, 2, 3]]])
+def test_polygons_without_three_corners_are_an_error(polygons: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="three or more pairs"):
+        rle.polygons_to_counts(polygons, (4, 4))

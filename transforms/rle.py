@@ -96,3 +96,77 @@ def iou(one: str, others: list[str], size_hw: tuple[int, int]) -> np.ndarray:
 def counts_to_mask(counts: str, size_hw: tuple[int, int]) -> np.ndarray:
     """Decodes an RLE to (H, W) bool."""
     return coco_mask.decode({"size": list(size_hw), "counts": counts}).astype(bool)
+
+
+def polygons_to_counts(polygons: list[list[float]], size_hw: tuple[int, int]) -> str:
+    """RLE of the union of polygons [x, y, x, y, ...] in pixels, filled as pycocotools does, at least one.
+
+    Raises:
+      ValueError: a polygon has fewer than three corners: pycocotools takes four numbers for a box.
+    """
+    if not polygons or any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
+        lengths = [len(polygon) for polygon in polygons]
+        raise ValueError(f"polygons of {lengths} numbers; expected at least one, each of three or more pairs x, y")
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, *size_hw))["counts"].decode()
+
+
+def counts_to_lengths(counts: str) -> np.ndarray:
+    """Run lengths of a compressed RLE, (R,) int64, zeros first.
+
+    The string holds each length, from the fourth on its difference from the one before the last, in groups of 5 bits,
+    lowest first; a character is 48 plus the group, plus 32 if more groups follow, and the last group has the sign
+    (rleFrString in cocodataset/cocoapi, common/maskApi.c).
+
+    Raises:
+      ValueError: the string is no RLE. pycocotools does not check, and reads or writes where it should not.
+
+    >>> counts_to_lengths("22")
+    array([2, 2])
+    """
+    groups = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+    more = groups & 32 != 0
+    if not len(groups) or groups.min() < 0 or groups.max() > 63 or more[-1]:
+        raise ValueError(f"{counts[:40]!r} is no compressed RLE")
+    ends = np.flatnonzero(~more)
+    starts = np.r_[0, ends[:-1] + 1]
+    sizes = ends - starts + 1
+    if sizes.max() > 7:  # 35 bits
+        raise ValueError(f"{counts[:40]!r} is no compressed RLE: it has a length beyond 32 bits")
+    shifts = 5 * (np.arange(len(groups)) - np.repeat(starts, sizes))
+    lengths = np.add.reduceat((groups & 31) << shifts, starts)
+    negative = groups[ends] & 16 != 0
+    lengths[negative] -= 1 << 5 * sizes[negative]
+    lengths[1::2] = np.cumsum(lengths[1::2])
+    lengths[2::2] = np.cumsum(lengths[2::2])
+    return lengths
+
+
+def check_counts(counts: str, size_hw: tuple[int, int]) -> None:
+    """Checks a compressed RLE that others made.
+
+    Raises:
+      ValueError: it is not one of an image of this size.
+    """
+    _check_lengths(counts_to_lengths(counts), size_hw)
+
+
+def lengths_to_counts(lengths: list[int], size_hw: tuple[int, int]) -> str:
+    """COCO compressed RLE string of run lengths (an uncompressed RLE), zeros first.
+
+    Raises:
+      ValueError: they are not those of an image of this size.
+
+    >>> lengths_to_counts([2, 2], (2, 2))
+    '22'
+    """
+    _check_lengths(np.array(lengths, np.int64), size_hw)
+    return coco_mask.frPyObjects({"size": list(size_hw), "counts": lengths}, *size_hw)["counts"].decode()
+
+
+def _check_lengths(lengths: np.ndarray, size_hw: tuple[int, int]) -> None:
+    height, width = size_hw
+    if lengths.min(initial=0) < 0 or lengths.sum() != height * width:
+        raise ValueError(
+            f"the runs have {lengths.sum()} pixels, the shortest {lengths.min(initial=0)}; expected {height} x {width} "
+            f"= {height * width} pixels and no negative run"
+        )

@@ -43,7 +43,11 @@ ANNOTATIONS = pa.schema(
         ),
         _field("bbox", _list(pa.float64()), "[x, y, width, height] in pixels, as pycocotools.mask.toBbox gives it."),
         _field("area", pa.int64(), "Pixels in the mask."),
-        _field("predicted_iou", pa.float32(), "The model's own estimate of the mask's IoU with the object."),
+        _field(
+            "predicted_iou",
+            pa.float32(),
+            "The model's own estimate of the mask's IoU with the object; NaN where an imported mask has no score.",
+        ),
         _field(
             "stability_score",
             pa.float32(),
@@ -51,8 +55,8 @@ ANNOTATIONS = pa.schema(
         ),
         _field("point_coords", _list(_list(pa.float64())), "[[x, y]] of the prompt that made the mask, in pixels."),
         _field("crop_box", _list(pa.float64()), "[x, y, width, height] of the crop the mask was made in, in pixels."),
-        _field("category_id", pa.int32(), "1 = object."),
-        _field("iscrowd", pa.int8(), "Always 0."),
+        _field("category_id", pa.int32(), "1 = object; imported labels have those of their file."),
+        _field("iscrowd", pa.int8(), "0; imported labels may have crowds, 1."),
     ]
 )
 

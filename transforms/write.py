@@ -27,6 +27,7 @@ from apache_beam.metrics import Metrics
 from transforms.records import ChunkReport, LabeledChunk, Seconds, Totals
 from transforms.schema import chunk_to_tables
 
+RUN_FILE = "run.json"
 ANNOTATIONS_DIR = "annotations"
 IMAGES_DIR = "images"
 TEMPORARY_DIR = "_tmp"
@@ -97,10 +98,21 @@ def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> Chunk
     report = ChunkReport(
         chunk.shard.name, chunk.index, chunk.final, chunk.digest, chunk.shard.source, totals=chunk.totals()
     )
-    name = chunk_name(chunk.shard.name, chunk.index)
+    commit_tables(*chunk_to_tables(chunk, report, run), output, chunk_name(chunk.shard.name, chunk.index))
+    seconds = report.totals.seconds + Seconds(write=time.perf_counter() - start)
+    return replace(report, totals=replace(report.totals, seconds=seconds))
+
+
+def commit_tables(annotations: pa.Table, images: pa.Table, output: str, name: str) -> None:
+    """Writes the two tables of a chunk and makes them visible, images last.
+
+    Args:
+      output: directory of the labels.
+      name: chunk_name of the chunk.
+    """
     attempt = uuid.uuid4().hex
     staged = []
-    for directory, table in zip((ANNOTATIONS_DIR, IMAGES_DIR), chunk_to_tables(chunk, report, run), strict=True):
+    for directory, table in ((ANNOTATIONS_DIR, annotations), (IMAGES_DIR, images)):
         temporary = FileSystems.join(output, TEMPORARY_DIR, f"{attempt}-{directory}-{name}")
         _write_file(temporary, table)
         staged.append((temporary, FileSystems.join(output, directory, name)))
@@ -110,8 +122,6 @@ def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> Chunk
     delete_file(FileSystems.join(output, IMAGES_DIR, name))
     for temporary, final in staged:
         FileSystems.rename([temporary], [final])
-    seconds = report.totals.seconds + Seconds(write=time.perf_counter() - start)
-    return replace(report, totals=replace(report.totals, seconds=seconds))
 
 
 def delete_file(path: str) -> None:

@@ -1,0 +1,376 @@
+"""maskbeam export: labels in the formats of other tools, chunk by chunk, so that memory does not grow with them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+from PIL import Image
+from tqdm import tqdm
+
+from pipeline.options import UsageError, parse_job
+from pipeline.run import EXIT_DONE, EXIT_FAILED
+from transforms.coco import OBJECT_CATEGORY, annotation_to_coco, image_to_coco, segmentation_to_polygons
+from transforms.formats import Overlap, YoloLoss, file_names, label_picture, sa1b_record, stem, yolo_text
+from transforms.labels import list_chunks, read_chunk, read_run
+from transforms.polygons import PolygonLoss
+from transforms.summary import read_json, write_json
+from transforms.write import TEMPORARY_DIR, delete_file
+
+# What an export leaves in its directory: the mark that it is there, written last, and what lies beside it.
+EXPORT_FILE = "export.json"
+_ENTRIES = {"sa1b": ("annotations",), "yolo": ("labels", "data.yaml"), "png": ("masks",)}
+
+_DESCRIPTION = "Writes labels in the format of another tool."
+
+_MAX_FAILURES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is written where.
+
+    Attributes:
+      labels: directory that `maskbeam label` or `maskbeam import` wrote, on any Beam file system.
+      format: coco, an instances file; sa1b, a JSON file an image; yolo, a text file an image for segmentation; png, a
+        16-bit picture an image, with the mask of each pixel.
+      output: a file for coco, on any Beam file system; a local directory for the others.
+      polygons: write polygons instead of RLE, for tools that need them (coco only). They fill holes; how much that
+        changes is printed.
+      overwrite: replace what an earlier export left in output.
+    """
+
+    labels: str
+    format: str
+    output: str
+    polygons: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.labels or not self.output:
+            raise ValueError("labels or output is empty; expected the directory of the labels and where to write.")
+        if self.format not in ("coco", *_ENTRIES):
+            raise ValueError(f"format is {self.format}; expected one of coco, {', '.join(_ENTRIES)}.")
+        if self.polygons and self.format != "coco":
+            raise ValueError(f"polygons is for format coco; {self.format} has one form only.")
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """Everything `maskbeam export` was asked to do."""
+
+    export: ExportConfig
+
+
+@dataclass
+class Labels:
+    """The images of the labels as a stream, and what has come of it so far.
+
+    Attributes:
+      run: content of run.json.
+      chunks: shard and index of each.
+      images, masks: given so far.
+      failures: of the first failed images, which are not given, having no masks and often no size.
+    """
+
+    directory: str
+    run: dict[str, Any]
+    chunks: list[tuple[str, int]]
+    images: int = 0
+    masks: int = 0
+    failed: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """Of each image that was labeled its COCO record and its rows of the annotations table.
+
+        Ids count all images, failed ones included, so that they stay when those are labeled after all.
+        """
+        for shard, index in tqdm(
+            self.chunks, unit="chunk", dynamic_ncols=True, file=sys.stderr, disable=not sys.stderr.isatty()
+        ):
+            for image, masks in read_chunk(self.directory, shard, index).rows():
+                if image["status"] == "failed":
+                    self.failed += 1
+                    if self.failed <= _MAX_FAILURES_SHOWN:
+                        self.failures.append(f"{image['image_id']}: {image['error_stage']}: {image['error']}")
+                    continue
+                self.images += 1
+                yield image_to_coco(image, self.images + self.failed), masks
+                self.masks += len(masks)
+
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        """COCO records of the categories; imported labels have their own."""
+        categories: list[dict[str, Any]] = self.run.get("coco", {}).get("categories", [OBJECT_CATEGORY])
+        return categories
+
+
+def main(argv: list[str]) -> int:
+    """Parses the flags and exports."""
+    return run_export(parse_export(argv).export)
+
+
+def parse_export(argv: list[str]) -> ExportJob:
+    """Command line -> what to do."""
+    return parse_job("export", ExportJob, argv, _DESCRIPTION)
+
+
+def run_export(config: ExportConfig) -> int:
+    """Exports and prints what was written and what was lost.
+
+    Returns:
+      the exit code.
+
+    Raises:
+      UsageError: before anything is read, if the job cannot be done as asked.
+    """
+    try:
+        labels = Labels(config.labels, read_run(config.labels), list_chunks(config.labels))
+        check_output(config)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    write = {"coco": _export_coco, "sa1b": _export_sa1b, "yolo": _export_yolo, "png": _export_png}[config.format]
+    try:
+        told = write(labels, config)
+    except (ValueError, OSError) as error:
+        print(f"maskbeam: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    print(f"{labels.images} images with {labels.masks} masks: {config.output}")
+    if labels.failed:
+        print(
+            f"{labels.failed} failed images are not in it; they are rows with status failed in {config.labels}/images"
+        )
+        print("\n".join(f"  failed {failure}" for failure in labels.failures))
+    if told:
+        print(told)
+    return EXIT_DONE
+
+
+def check_output(config: ExportConfig) -> None:
+    """Refuses to write over anything but, if asked to, an earlier export.
+
+    Raises:
+      ValueError
+    """
+    output = config.output
+    if config.format == "coco":
+        if FileSystems.get_scheme(output) is None and os.path.isdir(output):
+            raise ValueError(
+                f"--output {output} is a directory; --format coco writes a file, such as {output}/coco.json."
+            )
+        if not config.overwrite and FileSystems.exists(output):
+            raise ValueError(f"--output {output} exists. Choose another file, or --overwrite it.")
+        return
+    if FileSystems.get_scheme(output) is not None:
+        raise ValueError(f"--output {output} is not local; --format {config.format} writes into a local directory.")
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise ValueError(f"--output {output} is a file; --format {config.format} writes into a directory.")
+    before = _earlier_entries(output)
+    if before and not config.overwrite:
+        raise ValueError(f"--output {output} holds an export already. Choose another directory, or --overwrite.")
+    for entry in (*_ENTRIES[config.format], TEMPORARY_DIR):
+        if entry not in (*before, TEMPORARY_DIR) and os.path.lexists(os.path.join(output, entry)):
+            raise ValueError(
+                f"--output {output} already has {entry}, which no export made (no {EXPORT_FILE} says so). Choose "
+                "another directory."
+            )
+
+
+def _earlier_entries(output: str) -> tuple[str, ...]:
+    """What the export that lies in a directory is made of; nothing if there is none."""
+    path = os.path.join(output, EXPORT_FILE)
+    if not os.path.lexists(path):
+        return ()
+    with contextlib.suppress(ValueError, OSError, TypeError, KeyError):
+        return _ENTRIES[read_json(path)["format"]]
+    raise ValueError(f"{path} was not written by maskbeam. Choose another --output.")
+
+
+# COCO.
+
+
+def _export_coco(labels: Labels, config: ExportConfig) -> str:
+    """The file has one record a line; annotations come first, since they need not wait for anything."""
+    loss = PolygonLoss()
+    with replace_file(config.output) as file, tempfile.TemporaryFile() as images:
+        file.write(b'{"annotations": [')
+        number = 0
+        for image, masks in labels:
+            images.write((b",\n" if images.tell() else b"\n") + _json_line(image))
+            for mask in masks:
+                number += 1
+                record = annotation_to_coco(mask, number, image["id"])
+                if config.polygons:
+                    record["segmentation"] = segmentation_to_polygons(mask, loss)
+                file.write((b",\n" if number > 1 else b"\n") + _json_line(record))
+        file.write(b'\n],\n"images": [')
+        images.seek(0)
+        shutil.copyfileobj(images, file)
+        file.write(b"\n]")
+        about = {"info": _about(labels.run), **labels.run.get("coco", {}), "categories": labels.categories}
+        for key, value in about.items():
+            file.write(b",\n" + _json_line(key) + b": " + _json_line(value))
+        file.write(b"\n}\n")
+    return str(loss) if config.polygons else ""
+
+
+def _json_line(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _about(run: dict[str, Any]) -> dict[str, Any]:
+    """COCO's info: where the masks are from."""
+    return {
+        "description": "masks of SAM, labeled by maskbeam",
+        "version": run.get("versions", {}).get("maskbeam"),
+        "model": run.get("model"),
+        "model_fingerprint": run["model_fingerprint"],
+    }
+
+
+@contextlib.contextmanager
+def replace_file(path: str) -> Iterator[IO[bytes]]:
+    """A file to write, on any Beam file system, that gets its name when all is written, and else is deleted."""
+    temporary = f"{path}.{uuid.uuid4().hex}"
+    try:
+        with FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+            yield file
+        FileSystems.rename([temporary], [path])
+    except BaseException:
+        delete_file(temporary)
+        raise
+
+
+# Directories.
+
+
+@dataclass
+class Files:
+    """The files of an export while they are written: they move to their directory when all are there.
+
+    Attributes:
+      directory: where they are written.
+      renamed: files that could not have the name of their image, with its image_id.
+    """
+
+    directory: Path
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    def create(self, folder: str, image: dict[str, Any], extension: str) -> IO[bytes]:
+        """Opens the file of an image, whose name no other has."""
+        image_id = image.get("image_id", image["file_name"])
+        names = file_names(image["file_name"], image_id, extension)
+        for name in names:
+            path = self.directory / folder / name
+            # Names may be taken, too, as a directory, or by one that differs in case.
+            with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = path.open("xb")
+                if name != stem(image["file_name"]) + extension:
+                    self.renamed[f"{folder}/{name}"] = image_id
+                return file
+        raise ValueError(f"there is no name left for the labels of {image_id}: {', '.join(names)} are taken")
+
+    def __str__(self) -> str:
+        if not self.renamed:
+            return ""
+        some = "; ".join(f"{name!r} is of {image_id!r}" for name, image_id in list(self.renamed.items())[:3])
+        return f"{len(self.renamed)} files have other names than their images, all in {EXPORT_FILE}: {some}"
+
+
+@contextlib.contextmanager
+def _new_files(labels: Labels, config: ExportConfig) -> Iterator[Files]:
+    """Where the files of an export are written; at the end they replace those of an earlier one."""
+    output = Path(config.output)
+    staging = output / TEMPORARY_DIR / uuid.uuid4().hex
+    staging.mkdir(parents=True)
+    entries = _ENTRIES[config.format]
+    try:
+        files = Files(staging)
+        for entry in entries:
+            if "." not in entry:
+                (staging / entry).mkdir()
+        yield files
+        before = _earlier_entries(config.output)
+        (output / EXPORT_FILE).unlink(missing_ok=True)
+        for entry in before:
+            if (output / entry).is_dir():
+                shutil.rmtree(output / entry)
+            else:
+                (output / entry).unlink(missing_ok=True)
+        for entry in entries:
+            (staging / entry).rename(output / entry)
+        write_json(
+            str(output / EXPORT_FILE),
+            {
+                "format": config.format,
+                "labels": config.labels,
+                "images": labels.images,
+                "masks": labels.masks,
+                "failed_images": labels.failed,
+                "renamed": files.renamed,
+            },
+        )
+    finally:
+        shutil.rmtree(output / TEMPORARY_DIR, ignore_errors=True)
+
+
+def _export_sa1b(labels: Labels, config: ExportConfig) -> str:
+    first_id = 1
+    with _new_files(labels, config) as files:
+        for image, masks in labels:
+            with files.create("annotations", image, ".json") as file:
+                file.write(_json_line(sa1b_record(image, masks, first_id)))
+            first_id += len(masks)
+    return str(files)
+
+
+def _export_yolo(labels: Labels, config: ExportConfig) -> str:
+    categories = sorted(labels.categories, key=lambda category: category["id"])
+    classes = {category["id"]: index for index, category in enumerate(categories)}
+    loss = YoloLoss(PolygonLoss())
+    with _new_files(labels, config) as files:
+        for image, masks in labels:
+            with files.create("labels", image, ".txt") as file:
+                file.write(yolo_text(masks, classes, loss).encode())
+        # A JSON string is one of YAML, too.
+        names = "".join(
+            f"  {index}: {json.dumps(category.get('name', str(category['id'])))}\n"
+            for index, category in enumerate(categories)
+        )
+        (files.directory / "data.yaml").write_text(
+            "# Put or link the images into images/, by the names that they have in labels/, and make a split of them.\n"
+            f"train: images\nval: images\nnames:\n{names}",
+            "utf-8",
+        )
+    told = [str(loss.polygons)]
+    if loss.crowds or loss.empty:
+        told.append(f"left out: {loss.crowds} crowds, {loss.empty} masks without a pixel")
+    return "\n".join([*told, *filter(None, [str(files)])])
+
+
+def _export_png(labels: Labels, config: ExportConfig) -> str:
+    overlap = Overlap()
+    with _new_files(labels, config) as files:
+        for image, masks in labels:
+            picture = label_picture(masks, (image["height"], image["width"]), overlap)
+            with files.create("masks", image, ".png") as file:
+                Image.fromarray(picture).save(file, "PNG")
+    share = overlap.hidden_pixels / overlap.pixels if overlap.pixels else 0.0
+    told = (
+        f"smaller masks lie on larger ones: {share:.1%} of the masks' pixels are hidden, and all of "
+        f"{overlap.hidden_masks} masks"
+    )
+    return "\n".join(filter(None, [told, str(files)]))
