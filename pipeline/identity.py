@@ -24,6 +24,7 @@ from transforms.summary import SUMMARY_FILE, read_json, write_json
 from transforms.write import (
     ANNOTATIONS_DIR,
     IMAGES_DIR,
+    RUN_FILE,
     TEMPORARY_DIR,
     delete_file,
     delete_tree,
@@ -31,7 +32,6 @@ from transforms.write import (
     parse_chunk_name,
 )
 
-RUN_FILE = "run.json"
 _OUR_DIRS = (ANNOTATIONS_DIR, IMAGES_DIR, TEMPORARY_DIR)
 
 # What may differ between starts of one run: names for people, not what makes the rows.

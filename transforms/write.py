@@ -27,6 +27,7 @@ from apache_beam.metrics import Metrics
 from transforms.records import ChunkReport, LabeledChunk, Seconds, Totals
 from transforms.schema import chunk_to_tables
 
+RUN_FILE = "run.json"
 ANNOTATIONS_DIR = "annotations"
 IMAGES_DIR = "images"
 TEMPORARY_DIR = "_tmp"
