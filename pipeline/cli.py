@@ -14,6 +14,7 @@ _COMMANDS = {
         "pipeline.certify",
         "compare the masks of a lower precision with those of float32 on a sample of the images",
     ),
+    "evaluate": ("pipeline.evaluate", "hold labels against a hand-made truth, or against other labels"),
     "demo": ("pipeline.demo", "label a few photos with the embedded model and draw the masks"),
 }
 

@@ -7,6 +7,7 @@ counts [2, 2]. The compressed form packs the counts into a string (cocodataset/c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -86,13 +87,73 @@ def area_and_bbox_xywh(counts: str, size_hw: tuple[int, int]) -> tuple[int, tupl
 
 def iou(one: str, others: list[str], size_hw: tuple[int, int]) -> np.ndarray:
     """Mask IoU of one RLE with each of the others, (N,) float64; 0 for two empty masks."""
-    if not others:
-        return np.zeros(0)  # pycocotools returns a list here
+    return ious(others, [one], size_hw)[:, 0]
+
+
+def ious(some: list[str], others: list[str], size_hw: tuple[int, int]) -> np.ndarray:
+    """Mask IoU of each of some RLEs with each of the others, (N, M) float64; 0 for two empty masks."""
+    if not some or not others:
+        return np.zeros((len(some), len(others)))  # pycocotools returns a list here
     size = list(size_hw)
-    rest = [{"size": size, "counts": counts} for counts in others]
-    return coco_mask.iou(rest, [{"size": size, "counts": one}], [0]).reshape(-1)
+    return coco_mask.iou(
+        [{"size": size, "counts": counts} for counts in some],
+        [{"size": size, "counts": counts} for counts in others],
+        [0] * len(others),
+    )
+
+
+def box_ious(some_xywh: np.ndarray, others_xywh: np.ndarray) -> np.ndarray:
+    """pycocotools' IoU of each of some boxes with each of the others, (N, 4) and (M, 4) -> (N, M) float64."""
+    if not len(some_xywh) or not len(others_xywh):
+        return np.zeros((len(some_xywh), len(others_xywh)))
+    boxes = [np.ascontiguousarray(boxes_xywh, np.float64) for boxes_xywh in (some_xywh, others_xywh)]
+    return coco_mask.iou(*boxes, [0] * len(others_xywh))
+
+
+def segmentation_to_counts(segmentation: Any, size_hw: tuple[int, int]) -> str:
+    """RLE of a COCO annotation's segmentation, as pycocotools' COCO.annToRLE makes it.
+
+    Args:
+      segmentation: polygons [[x, y, x, y, ...], ...] in pixels, whose union is the mask, or RLE {"size", "counts"} with
+        run lengths or their compressed string.
+      size_hw: (H, W) of the image.
+
+    Raises:
+      ValueError: it is neither, or of another size.
+    """
+    height, width = size_hw
+    if isinstance(segmentation, dict):
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        if not isinstance(size, (list, tuple)) or tuple(size) != size_hw:
+            raise ValueError(f"the RLE's size is {size}, the image's [height, width] is {[height, width]}")
+        if isinstance(counts, str):
+            return counts
+        if isinstance(counts, list) and all(isinstance(count, int) and count >= 0 for count in counts):
+            if sum(counts) != height * width:
+                raise ValueError(f"the RLE's counts add up to {sum(counts)}, the image has {height * width} pixels")
+            return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"].decode()
+        raise ValueError("the RLE's counts are neither a compressed string nor a list of run lengths")
+    if isinstance(segmentation, list) and all(map(_is_polygon, segmentation)):
+        return polygons_to_counts(segmentation, size_hw)
+    raise ValueError("the segmentation is neither an RLE nor a list of polygons [x, y, x, y, ...]")
+
+
+def _is_polygon(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(number, (int, float)) for number in value)
 
 
 def counts_to_mask(counts: str, size_hw: tuple[int, int]) -> np.ndarray:
     """Decodes an RLE to (H, W) bool."""
     return coco_mask.decode({"size": list(size_hw), "counts": counts}).astype(bool)
+
+
+def polygons_to_counts(polygons: list[list[float]], size_hw: tuple[int, int]) -> str:
+    """RLE of the union of polygons [x, y, x, y, ...] in pixels, filled as pycocotools does, at least one.
+
+    Raises:
+      ValueError: a polygon has fewer than three corners: pycocotools takes four numbers for a box.
+    """
+    if not polygons or any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
+        lengths = [len(polygon) for polygon in polygons]
+        raise ValueError(f"polygons of {lengths} numbers; expected at least one, each of three or more pairs x, y")
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, *size_hw))["counts"].decode()
