@@ -11,6 +11,7 @@ from matplotlib.figure import Figure as Canvas
 from transforms.recall import AREA_RANGES, CONFIDENCE, IOU_THRESHOLDS, MAX_PROPOSALS, Figure, Recall
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73")  # of Okabe and Ito: told apart by colour-blind eyes, too
+_LINES = ("-", "--", ":")  # so that curves that coincide are seen
 _BAR_WIDTH = 0.27
 
 
@@ -23,9 +24,9 @@ def plot_recall(recall: Recall) -> bytes:
     canvas = Canvas(figsize=(10, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(canvas)
     curves, bars = canvas.subplots(1, 2)
-    for k, (count, color) in enumerate(zip(MAX_PROPOSALS, _COLORS, strict=True)):
+    for k, (count, color, line) in enumerate(zip(MAX_PROPOSALS, _COLORS, _LINES, strict=True)):
         values, low, high = _columns(recall.mask_recall[count])
-        curves.plot(IOU_THRESHOLDS, values, color=color, marker="o", markersize=3, label=f"first {count} masks")
+        curves.plot(IOU_THRESHOLDS, values, line, color=color, linewidth=2, label=f"first {count} masks")
         curves.fill_between(IOU_THRESHOLDS, low, high, color=color, alpha=0.15, linewidth=0)
         values, low, high = _columns([recall.mask_ar[size][count] for size in AREA_RANGES])
         places = np.arange(len(AREA_RANGES)) + (k - 1) * _BAR_WIDTH

@@ -130,13 +130,12 @@ def summarize_recall(images: Sequence[ImageRecall], seed: int) -> Recall:
     """The figures of all images together, each object counting the same, with intervals.
 
     Args:
-      images: all of the evaluation, those without objects or without proposals too.
+      images: all of the evaluation, at least one; those without objects or without proposals are among them.
       seed: of the bootstrap.
     """
-    objects = np.array([image.objects for image in images]).reshape(-1, len(AREA_RANGES))
+    objects = np.array([image.objects for image in images])
     found = np.array([[image.masks, image.boxes] for image in images], float)
-    found = found.reshape(-1, 2, len(AREA_RANGES), len(MAX_PROPOSALS), len(IOU_THRESHOLDS))
-    best_ious = np.array([image.best_ious for image in images]).reshape(-1, len(AREA_RANGES))
+    best_ious = np.array([image.best_ious for image in images])
 
     average_recall = bootstrap_means(found.mean(axis=-1), objects[:, None, :, None], seed)
     recall = bootstrap_means(found[:, 0, 0], objects[:, :1, None], seed)
@@ -164,7 +163,7 @@ def bootstrap_means(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarr
     draws of as many images, with replacement. A draw without any object says nothing and is left out.
 
     Args:
-      sums: (I, ...) of an image's objects.
+      sums: (I, ...) of an image's objects, at least one image.
       counts: (I, ...) objects, broadcast against sums.
       seed: of the draws.
 
@@ -178,18 +177,17 @@ def bootstrap_means(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarr
 
     random = np.random.default_rng(seed)
     resampled = []
-    at_once = max(_RESAMPLED_AT_ONCE // max(num_images, 1), 1)
-    for first in range(0, RESAMPLES if num_images else 0, at_once):
-        draws = min(at_once, RESAMPLES - first)
-        times = random.multinomial(num_images, np.full(num_images, 1 / num_images), size=draws).astype(float)
+    at_once = max(_RESAMPLED_AT_ONCE // num_images, 1)
+    for first in range(0, RESAMPLES, at_once):
+        size = min(at_once, RESAMPLES - first)
+        times = random.multinomial(num_images, np.full(num_images, 1 / num_images), size).astype(float)
         resampled.append(_divide(times @ flat_sums, times @ flat_counts))
-    figures = np.empty(len(values), object)
-    for i, value in enumerate(values):
-        drawn = np.concatenate([means[:, i] for means in resampled]) if resampled else np.zeros(0)
-        drawn = drawn[~np.isnan(drawn)]
-        tail = (1 - CONFIDENCE) / 2
-        low, high = np.quantile(drawn, [tail, 1 - tail]) if drawn.size else (np.nan, np.nan)
-        figures[i] = Figure(*(None if np.isnan(number) else float(number) for number in (value, low, high)))
+    draws = np.concatenate(resampled)
+    tail = (1 - CONFIDENCE) / 2
+    figures = np.full(len(values), Figure(None, None, None), object)
+    for i in np.flatnonzero(~np.isnan(values)):
+        low, high = np.nanquantile(draws[:, i], [tail, 1 - tail])
+        figures[i] = Figure(float(values[i]), float(low), float(high))
     return figures.reshape(shape)
 
 
