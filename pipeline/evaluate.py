@@ -257,7 +257,7 @@ def evaluate_images(labels: str, truth: dict[str, TruthImage], rank_by: str) -> 
                 objects = truth[image_id].objects()
             except ValueError as error:
                 raise UsageError(f"cannot use the truth: {error}") from error
-            masks = tables.annotations.take(rows)
+            masks = tables.annotations.take(pa.array(rows, pa.int64()))
             recall = recall_of_masks(masks, objects, truth[image_id].size_hw, rank_by)
             yield EvaluatedImage(image_id, truth[image_id], len(rows), recall)
 
