@@ -90,8 +90,9 @@ def test_a_file_that_is_no_truth_is_an_error(content: Any, told: str) -> None:
         ({"segmentation": [["1", "2"]]}, "neither an RLE nor a list of polygons"),
         ({"segmentation": []}, "at least one"),
         ({"segmentation": [[1, 1, 4, 4]]}, r"polygons of \[4\] numbers"),  # pycocotools takes it for a box
-        ({"segmentation": {"size": [12, 10], "counts": "0"}}, r"size is \[12, 10\], the image's .* \[10, 12\]"),
-        ({"segmentation": {"size": [10, 12], "counts": [3, 4]}}, "add up to 7, the image has 120 pixels"),
+        ({"segmentation": {"size": [12, 10], "counts": "0"}}, r"size \[12, 10\], the image .* \[10, 12\]"),
+        ({"segmentation": {"size": [10, 12], "counts": [3, 4]}}, "the runs have 7 pixels"),
+        ({"segmentation": {"size": [10, 12], "counts": "22"}}, "the runs have 4 pixels"),
         ({"segmentation": {"size": [10, 12]}}, "neither a compressed string"),
         ({"bbox": [1, 2, 3]}, "bbox is .* expected 4 numbers"),
         ({"bbox": None}, "bbox is None, expected 4 numbers"),

@@ -7,7 +7,6 @@ counts [2, 2]. The compressed form packs the counts into a string (cocodataset/c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -110,38 +109,6 @@ def box_ious(some_xywh: np.ndarray, others_xywh: np.ndarray) -> np.ndarray:
     return coco_mask.iou(*boxes, [0] * len(others_xywh))
 
 
-def segmentation_to_counts(segmentation: Any, size_hw: tuple[int, int]) -> str:
-    """RLE of a COCO annotation's segmentation, as pycocotools' COCO.annToRLE makes it.
-
-    Args:
-      segmentation: polygons [[x, y, x, y, ...], ...] in pixels, whose union is the mask, or RLE {"size", "counts"} with
-        run lengths or their compressed string.
-      size_hw: (H, W) of the image.
-
-    Raises:
-      ValueError: it is neither, or of another size.
-    """
-    height, width = size_hw
-    if isinstance(segmentation, dict):
-        size, counts = segmentation.get("size"), segmentation.get("counts")
-        if not isinstance(size, (list, tuple)) or tuple(size) != size_hw:
-            raise ValueError(f"the RLE's size is {size}, the image's [height, width] is {[height, width]}")
-        if isinstance(counts, str):
-            return counts
-        if isinstance(counts, list) and all(isinstance(count, int) and count >= 0 for count in counts):
-            if sum(counts) != height * width:
-                raise ValueError(f"the RLE's counts add up to {sum(counts)}, the image has {height * width} pixels")
-            return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"].decode()
-        raise ValueError("the RLE's counts are neither a compressed string nor a list of run lengths")
-    if isinstance(segmentation, list) and all(map(_is_polygon, segmentation)):
-        return polygons_to_counts(segmentation, size_hw)
-    raise ValueError("the segmentation is neither an RLE nor a list of polygons [x, y, x, y, ...]")
-
-
-def _is_polygon(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(number, (int, float)) for number in value)
-
-
 def counts_to_mask(counts: str, size_hw: tuple[int, int]) -> np.ndarray:
     """Decodes an RLE to (H, W) bool."""
     return coco_mask.decode({"size": list(size_hw), "counts": counts}).astype(bool)
@@ -157,3 +124,65 @@ def polygons_to_counts(polygons: list[list[float]], size_hw: tuple[int, int]) ->
         lengths = [len(polygon) for polygon in polygons]
         raise ValueError(f"polygons of {lengths} numbers; expected at least one, each of three or more pairs x, y")
     return coco_mask.merge(coco_mask.frPyObjects(polygons, *size_hw))["counts"].decode()
+
+
+def counts_to_lengths(counts: str) -> np.ndarray:
+    """Run lengths of a compressed RLE, (R,) int64, zeros first.
+
+    The string holds each length, from the fourth on its difference from the one before the last, in groups of 5 bits,
+    lowest first; a character is 48 plus the group, plus 32 if more groups follow, and the last group has the sign
+    (rleFrString in cocodataset/cocoapi, common/maskApi.c).
+
+    Raises:
+      ValueError: the string is no RLE. pycocotools does not check, and reads or writes where it should not.
+
+    >>> counts_to_lengths("22")
+    array([2, 2])
+    """
+    groups = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+    more = groups & 32 != 0
+    if not len(groups) or groups.min() < 0 or groups.max() > 63 or more[-1]:
+        raise ValueError(f"{counts[:40]!r} is no compressed RLE")
+    ends = np.flatnonzero(~more)
+    starts = np.r_[0, ends[:-1] + 1]
+    sizes = ends - starts + 1
+    if sizes.max() > 7:  # 35 bits
+        raise ValueError(f"{counts[:40]!r} is no compressed RLE: it has a length beyond 32 bits")
+    shifts = 5 * (np.arange(len(groups)) - np.repeat(starts, sizes))
+    lengths = np.add.reduceat((groups & 31) << shifts, starts)
+    negative = groups[ends] & 16 != 0
+    lengths[negative] -= 1 << 5 * sizes[negative]
+    lengths[1::2] = np.cumsum(lengths[1::2])
+    lengths[2::2] = np.cumsum(lengths[2::2])
+    return lengths
+
+
+def check_counts(counts: str, size_hw: tuple[int, int]) -> None:
+    """Checks a compressed RLE that others made.
+
+    Raises:
+      ValueError: it is not one of an image of this size.
+    """
+    _check_lengths(counts_to_lengths(counts), size_hw)
+
+
+def lengths_to_counts(lengths: list[int], size_hw: tuple[int, int]) -> str:
+    """COCO compressed RLE string of run lengths (an uncompressed RLE), zeros first.
+
+    Raises:
+      ValueError: they are not those of an image of this size.
+
+    >>> lengths_to_counts([2, 2], (2, 2))
+    '22'
+    """
+    _check_lengths(np.array(lengths, np.int64), size_hw)
+    return coco_mask.frPyObjects({"size": list(size_hw), "counts": lengths}, *size_hw)["counts"].decode()
+
+
+def _check_lengths(lengths: np.ndarray, size_hw: tuple[int, int]) -> None:
+    height, width = size_hw
+    if lengths.min(initial=0) < 0 or lengths.sum() != height * width:
+        raise ValueError(
+            f"the runs have {lengths.sum()} pixels, the shortest {lengths.min(initial=0)}; expected {height} x {width} "
+            f"= {height * width} pixels and no negative run"
+        )

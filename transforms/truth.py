@@ -62,12 +62,33 @@ class TruthImage:
             try:
                 yield TruthObject(
                     annotation_id=annotation["id"],
-                    counts=rle.segmentation_to_counts(annotation.get("segmentation"), self.size_hw),
+                    counts=_segmentation_to_counts(annotation.get("segmentation"), self.size_hw),
                     bbox_xywh=_numbers(annotation, "bbox", 4),
                     area=_numbers(annotation, "area", 1)[0],
                 )
             except ValueError as error:
                 raise ValueError(f"annotation {annotation['id']} of {self.file_name}: {error}") from error
+
+
+def _segmentation_to_counts(segmentation: Any, size_hw: tuple[int, int]) -> str:
+    """COCO compressed RLE of polygons, of RLE or of uncompressed RLE; the pixels are those of pycocotools' annToRLE."""
+    if isinstance(segmentation, list) and all(map(_is_polygon, segmentation)):
+        return rle.polygons_to_counts(segmentation, size_hw)
+    if not isinstance(segmentation, dict):
+        raise ValueError("its segmentation is neither an RLE nor a list of polygons [x, y, x, y, ...]")
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if size != list(size_hw):
+        raise ValueError(f"its RLE has the size {size}, the image [height, width] {list(size_hw)}")
+    if isinstance(counts, str):
+        rle.check_counts(counts, size_hw)
+        return counts
+    if isinstance(counts, list) and all(isinstance(length, int) for length in counts):
+        return rle.lengths_to_counts(counts, size_hw)
+    raise ValueError("the counts of its RLE are neither a compressed string nor a list of run lengths")
+
+
+def _is_polygon(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(number, (int, float)) for number in value)
 
 
 def _numbers(annotation: dict[str, Any], name: str, count: int) -> Any:
