@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from transforms import boxes, rle
+from transforms.labels import read_chunks
 from transforms.recall import MAX_PROPOSALS, Figure, ImageRecall, bootstrap_means, image_recall
 from transforms.records import Mask
 from transforms.schema import row_to_mask
@@ -86,7 +86,7 @@ RANKINGS: dict[str, Callable[[Masks], np.ndarray]] = {
 def main(argv: list[str] | None = None) -> int:
     """Measures all rankings and prints the table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ranking", allow_abbrev=False)
-    parser.add_argument("--labels", type=Path, required=True, help="made with --box_nms_thresh 1 and low thresholds")
+    parser.add_argument("--labels", required=True, help="made with --box_nms_thresh 1 and low thresholds")
     parser.add_argument("--truth", type=Path, required=True, help="COCO instances JSON")
     parser.add_argument("--pred_iou_thresh", type=float, default=0.0, help="filter the candidates (default: 0)")
     parser.add_argument("--stability_score_thresh", type=float, default=0.0, help="likewise (default: 0)")
@@ -94,9 +94,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     args = parser.parse_args(argv)
     truth = parse_instances(json.loads(args.truth.read_text()))
-    images = list(read_images(args.labels, truth, args.pred_iou_thresh, args.stability_score_thresh))
+    read = read_images(args.labels, truth, args.pred_iou_thresh, args.stability_score_thresh)
+    images = list(tqdm(read, unit="image"))
     num_masks = sum(len(masks.area) for masks in images)
-    print(f"{len(images)} images, {num_masks / len(images):.0f} masks each, {sum(len(m.object_areas) for m in images)}")
+    num_objects = sum(len(masks.object_areas) for masks in images)
+    print(f"{len(images)} images, {num_masks / len(images):.0f} masks each, {num_objects} objects; percent")
     found = {name: [recall_of(masks, ranking) for masks in images] for name, ranking in RANKINGS.items()}
     rows = {name: summarize(recalls, found["predicted IoU"], args.seed) for name, recalls in found.items()}
     print(format_table(rows))
@@ -106,15 +108,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def read_images(labels: Path, truth: dict[str, TruthImage], iou: float, stability: float) -> Iterator[Masks]:
+def read_images(labels: str, truth: dict[str, TruthImage], iou: float, stability: float) -> Iterator[Masks]:
     """The masks of every image, NMS done."""
-    for file in tqdm(sorted((labels / "images").glob("*.parquet")), unit="chunk"):
-        candidates: dict[str, list[Mask]] = {row["image_id"]: [] for row in pq.read_table(file).to_pylist()}
-        for row in pq.read_table(labels / "annotations" / file.name).to_pylist():
-            if row["predicted_iou"] > iou and row["stability_score"] >= stability:
-                candidates[row["image_id"]].append(row_to_mask(row))
-        for image_id, masks in candidates.items():
-            yield deduplicate(masks, truth[image_id])
+    for tables in read_chunks(labels):
+        for image, rows in tables.rows():
+            passed = [row for row in rows if row["predicted_iou"] > iou and row["stability_score"] >= stability]
+            yield deduplicate([row_to_mask(row) for row in passed], truth[image["file_name"]])
 
 
 def deduplicate(candidates: list[Mask], truth: TruthImage) -> Masks:
@@ -151,7 +150,7 @@ def _contained(masks: list[Mask]) -> np.ndarray:
 
 
 def recall_of(masks: Masks, ranking: Callable[[Masks], np.ndarray]) -> ImageRecall:
-    """What is found in the order of a ranking."""
+    """What the masks find in the order of a ranking."""
     order = np.argsort(-ranking(masks), kind="stable")
     return image_recall(masks.mask_ious[order], masks.box_ious[order], masks.object_areas)
 

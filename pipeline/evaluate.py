@@ -133,7 +133,7 @@ class Evaluation:
 
 def main(argv: list[str]) -> int:
     """Parses the flags and compares."""
-    config = parse_job("evaluate", EvaluateJob, argv, _DESCRIPTION).evaluation
+    config = parse_evaluate(argv).evaluation
     write_result(config, {})  # that it cannot be written is told now, not after the work
     if config.truth is not None:
         evaluate_truth(config, config.truth)
@@ -142,6 +142,11 @@ def main(argv: list[str]) -> int:
         print(format_comparison(comparison, config.labels, config.against))
         write_result(config, comparison_to_dict(comparison))
     return EXIT_DONE
+
+
+def parse_evaluate(argv: list[str]) -> EvaluateJob:
+    """Command line -> what to do."""
+    return parse_job("evaluate", EvaluateJob, argv, _DESCRIPTION)
 
 
 def evaluate_truth(config: EvaluateConfig, truth_path: str) -> None:

@@ -53,12 +53,16 @@ def photos_truth() -> dict[str, Any]:
     """Discs, like FakeSam's masks, polygons and crowd regions on the six photos and the broken one; none on photo 5."""
     rng = np.random.default_rng(0)
     names = [*(f"{number}.png" for number in range(6)), "broken.png"]
-    images = [{"id": i, "file_name": name, "height": SIZE[0], "width": SIZE[1]} for i, name in enumerate(names, 1)]
+    images: list[dict[str, Any]] = [
+        {"id": i, "file_name": name, "height": SIZE[0], "width": SIZE[1]} for i, name in enumerate(names, 1)
+    ]
     annotations: list[dict[str, Any]] = []
     for image in images:
         if image["file_name"] == "5.png":
             continue
-        shapes: list[Any] = [disc(*rng.integers((8, 6), (56, 42)), radius) for radius in (8, 8, 14, 24)]
+        shapes: list[Any] = [
+            disc(int(rng.integers(8, 56)), int(rng.integers(6, 42)), radius) for radius in (8, 8, 14, 24)
+        ]
         x, y = rng.integers((0, 0), (30, 20)).tolist()
         shapes.append([[x, y, x + 26, y, x + 26, y + 22, x, y + 22]])
         for number, shape in enumerate(shapes):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from pipeline.evaluate import EvaluateConfig, parse_evaluate
 from pipeline.options import label_parser, parse_label
 from transforms.schema import ANNOTATIONS, IMAGES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 LABEL_COMMANDS = re.findall(r"^\S*maskbeam label (--input .*)$", README, re.MULTILINE)
+EVALUATE_COMMANDS = re.findall(r"^\S*maskbeam evaluate (--labels .*)$", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize("field", [*ANNOTATIONS.names, *IMAGES.names])
@@ -23,6 +26,7 @@ def test_every_field_of_the_output_is_described(field: str) -> None:
 
 def test_every_flag_exists() -> None:
     known = {option for action in label_parser()._actions for option in action.option_strings}
+    known |= {f"--{field.name}" for field in fields(EvaluateConfig)}
     beams = {"--direct_num_workers", "--direct_running_mode"}
     assert set(re.findall(r"`(--\w+)", README)) - known - beams == set()
 
@@ -32,8 +36,13 @@ def test_every_label_command_is_understood(command: str) -> None:
     parse_label(shlex.split(command))
 
 
-def test_there_are_label_commands() -> None:
-    assert len(LABEL_COMMANDS) >= 2
+@pytest.mark.parametrize("command", EVALUATE_COMMANDS)
+def test_every_evaluate_command_is_understood(command: str) -> None:
+    parse_evaluate(shlex.split(command))
+
+
+def test_there_are_commands() -> None:
+    assert len(LABEL_COMMANDS) >= 2 and len(EVALUATE_COMMANDS) >= 2
 
 
 @pytest.mark.parametrize("target", re.findall(r"^make (\w+)$", README, re.MULTILINE))

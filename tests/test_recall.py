@@ -23,7 +23,7 @@ def random_mask(rng: np.random.Generator) -> dict[str, Any]:
     w, h = (2 ** rng.uniform(1, 7.3, 2)).astype(int)
     bits[y : y + h, x : x + w] = 1
     if rng.random() < 0.3:
-        bits &= np.tri(*SIZE_HW, k=x - y, dtype=np.uint8)
+        bits &= np.tri(*SIZE_HW, k=int(x - y)).astype(np.uint8)
     if not bits.any():
         bits[y, x] = 1
     encoded = coco_mask.encode(bits)
