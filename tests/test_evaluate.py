@@ -379,6 +379,19 @@ def test_labels_without_a_rank_are_ranked_the_same(labels: Path, rank_by: str) -
     assert sorted(expected) == list(range(masks.num_rows))
 
 
+def test_labels_without_a_rank_are_read(labels: Path, tmp_path: Path, write_truth: Callable[[Any], Path]) -> None:
+    shutil.copytree(labels, tmp_path / "old")
+    for file in (tmp_path / "old" / "annotations").iterdir():
+        pq.write_table(pq.read_table(file).drop_columns("rank"), file)
+    summaries = []
+    for directory in (labels, tmp_path / "old"):
+        result = tmp_path / "result.json"
+        assert evaluate("--labels", directory, "--truth", write_truth(photos_truth()), "--json", result) == 0
+        summaries.append(json.loads(result.read_text())["summary"])
+    assert summaries[0] == summaries[1]
+    assert compare(tmp_path / "old", labels, tmp_path / "result.json")["summary"]["lost"] == 0
+
+
 # Against other labels.
 
 

@@ -16,7 +16,7 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from transforms.resume import committed_chunks
-from transforms.schema import ANNOTATIONS, IMAGES
+from transforms.schema import ANNOTATIONS, IMAGES, INTRODUCED_LATER
 from transforms.summary import read_json
 from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, RUN_FILE, chunk_name
 
@@ -119,6 +119,6 @@ def _read_table(path: str, schema: pa.Schema) -> pa.Table:
         raise ValueError(
             f"{path} cannot be read: {first_line}. If it is damaged, delete it and label again."
         ) from error
-    if missing := [name for name in schema.names if name not in table.column_names]:
+    if missing := [name for name in schema.names if name not in {*table.column_names, *INTRODUCED_LATER}]:
         raise ValueError(f"{path} has no column {missing[0]}: it was not written by maskbeam, or by another version.")
     return table

@@ -62,6 +62,9 @@ ANNOTATIONS = pa.schema(
     ]
 )
 
+# Columns that labels from before they were introduced do not have; whoever reads them does without.
+INTRODUCED_LATER = {"rank"}
+
 _DROPPED = {
     "predicted_iou": "Candidates whose predicted IoU was not above pred_iou_thresh.",
     "stability": "Candidates whose stability score was below stability_score_thresh.",
