@@ -17,6 +17,7 @@ _COMMANDS = {
     "plan": ("pipeline.plan", "tell what a run will take: files, bytes, hours and money, without reading the images"),
     "export": ("pipeline.export", "write labels in the format of another tool: COCO, SA-1B, YOLO, pictures"),
     "import": ("pipeline.import_coco", "make labels of COCO annotations or results"),
+    "evaluate": ("pipeline.evaluate", "hold labels against a hand-made truth, or against other labels"),
     "demo": ("pipeline.demo", "label a few photos with the embedded model and draw the masks"),
 }
 

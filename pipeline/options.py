@@ -35,6 +35,7 @@ _TITLES = {
     "dataflow": "Dataflow",
     "export": "export",
     "imported": "import",
+    "evaluation": "evaluation",
 }
 
 # Beam's "DirectRunner" first tries to download another runner's binary; this one is in the package and runs in process.

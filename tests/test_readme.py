@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.export import ExportConfig, parse_export
-from pipeline.import_coco import ImportConfig, parse_import
-from pipeline.options import label_parser, parse_label
+from pipeline import cli
+from pipeline.evaluate import parse_evaluate
+from pipeline.export import parse_export
+from pipeline.import_coco import parse_import
+from pipeline.options import parse_label
 from pipeline.plan import parse_plan
 from transforms.schema import ANNOTATIONS, IMAGES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PLAN_COMMANDS = re.findall(r"^\$ \S*maskbeam plan (--input .*)$", README, re.MULTILINE)
-LABEL_COMMANDS = re.findall(r"^\S*maskbeam label (--input .*)$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^(?:\$ )?\.venv/bin/maskbeam (\w+) (.*)$", README, re.MULTILINE)
+PARSERS: dict[str, Callable[[list[str]], Any]] = {
+    "label": parse_label,
+    "plan": parse_plan,
+    "export": parse_export,
+    "import": parse_import,
+    "evaluate": parse_evaluate,
+}
+
+
+def flags_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    return set(re.findall(r"--\w+", capsys.readouterr().out))
 
 
 @pytest.mark.parametrize("field", [*ANNOTATIONS.names, *IMAGES.names])
@@ -26,34 +41,21 @@ def test_every_field_of_the_output_is_described(field: str) -> None:
     assert f"`{field}`" in README
 
 
-def test_every_flag_exists() -> None:
-    known = {option for action in label_parser()._actions for option in action.option_strings}
-    known |= {f"--{field.name}" for config in (ExportConfig, ImportConfig) for field in fields(config)}
+def test_every_flag_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    known = set().union(*(flags_of(command, capsys) for command in cli._COMMANDS))
     beams = {"--direct_num_workers", "--direct_running_mode"}
     assert set(re.findall(r"`(--\w+)", README)) - known - beams == set()
 
 
-@pytest.mark.parametrize("command", LABEL_COMMANDS)
-def test_every_label_command_is_understood(command: str) -> None:
-    parse_label(shlex.split(command))
+@pytest.mark.parametrize(("command", "flags"), COMMANDS)
+def test_every_command_is_understood(command: str, flags: str) -> None:
+    PARSERS[command](shlex.split(flags))
 
 
-@pytest.mark.parametrize("command", PLAN_COMMANDS)
-def test_every_plan_command_is_understood(command: str) -> None:
-    parse_plan(shlex.split(command))
-
-
-def test_there_are_commands() -> None:
-    assert len(LABEL_COMMANDS) >= 2 and PLAN_COMMANDS
-@pytest.mark.parametrize(
-    ("command", "flags"), re.findall(r"^\S*maskbeam (export|import) (--.*)$", README, re.MULTILINE)
-)
-def test_every_export_and_import_command_is_understood(command: str, flags: str) -> None:
-    {"export": parse_export, "import": parse_import}[command](shlex.split(flags))
-
-
-def test_there_are_label_commands() -> None:
-    assert len(LABEL_COMMANDS) >= 2
+def test_every_subcommand_is_shown() -> None:
+    assert {command for command, _ in COMMANDS} >= set(PARSERS)
+    for command in cli._COMMANDS:
+        assert f"maskbeam {command}" in README or f"make {command}" in README
 
 
 @pytest.mark.parametrize("target", re.findall(r"^make (\w+)$", README, re.MULTILINE))

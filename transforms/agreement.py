@@ -103,10 +103,8 @@ def mask_ious(expected: Sequence[Mask], actual: Sequence[Mask]) -> np.ndarray:
             f"the masks are of images of {len(sizes_hw)} sizes (H, W), {sorted(sizes_hw)}; expected one. Compare the "
             "masks of one image, decoded the same way."
         )
-    counts = [mask.counts for mask in actual]
-    ious = np.zeros((len(expected), len(actual)))
-    for i, mask in enumerate(expected):
-        ious[i] = rle.iou(mask.counts, counts, mask.size_hw)
+    size_hw = sizes_hw.pop() if sizes_hw else (0, 0)
+    ious = rle.ious([mask.counts for mask in expected], [mask.counts for mask in actual], size_hw)
     empty = [np.array([mask.area == 0 for mask in masks], bool) for masks in (expected, actual)]
     ious[np.ix_(*empty)] = 1.0
     return ious

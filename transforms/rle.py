@@ -86,11 +86,27 @@ def area_and_bbox_xywh(counts: str, size_hw: tuple[int, int]) -> tuple[int, tupl
 
 def iou(one: str, others: list[str], size_hw: tuple[int, int]) -> np.ndarray:
     """Mask IoU of one RLE with each of the others, (N,) float64; 0 for two empty masks."""
-    if not others:
-        return np.zeros(0)  # pycocotools returns a list here
+    return ious(others, [one], size_hw)[:, 0]
+
+
+def ious(some: list[str], others: list[str], size_hw: tuple[int, int]) -> np.ndarray:
+    """Mask IoU of each of some RLEs with each of the others, (N, M) float64; 0 for two empty masks."""
+    if not some or not others:
+        return np.zeros((len(some), len(others)))  # pycocotools returns a list here
     size = list(size_hw)
-    rest = [{"size": size, "counts": counts} for counts in others]
-    return coco_mask.iou(rest, [{"size": size, "counts": one}], [0]).reshape(-1)
+    return coco_mask.iou(
+        [{"size": size, "counts": counts} for counts in some],
+        [{"size": size, "counts": counts} for counts in others],
+        [0] * len(others),
+    )
+
+
+def box_ious(some_xywh: np.ndarray, others_xywh: np.ndarray) -> np.ndarray:
+    """pycocotools' IoU of each of some boxes with each of the others, (N, 4) and (M, 4) -> (N, M) float64."""
+    if not len(some_xywh) or not len(others_xywh):
+        return np.zeros((len(some_xywh), len(others_xywh)))
+    boxes = [np.ascontiguousarray(boxes_xywh, np.float64) for boxes_xywh in (some_xywh, others_xywh)]
+    return coco_mask.iou(*boxes, [0] * len(others_xywh))
 
 
 def counts_to_mask(counts: str, size_hw: tuple[int, int]) -> np.ndarray:

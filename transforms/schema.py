@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from transforms.rank import rank_masks
 from transforms.records import ChunkReport, Dropped, LabeledChunk, LabeledImage, Mask, Totals, printable
 
 # Keys of the files' own metadata. REPORT_KEY holds the chunk's ChunkReport, RUN_KEY the content of run.json.
@@ -57,6 +58,11 @@ ANNOTATIONS = pa.schema(
         _field("crop_box", _list(pa.float64()), "[x, y, width, height] of the crop the mask was made in, in pixels."),
         _field("category_id", pa.int32(), "1 = object; imported labels have those of their file."),
         _field("iscrowd", pa.int8(), "0; imported labels may have crowds, 1."),
+        _field(
+            "rank",
+            pa.int32(),
+            "Order of the image's masks by predicted_iou times stability_score: 0 = highest; equal ones by mask_index.",
+        ),
     ]
 )
 
@@ -101,6 +107,8 @@ IMAGES = pa.schema(
 
 def annotation_rows(image: LabeledImage) -> list[dict[str, Any]]:
     """Rows of the annotations table, one a mask."""
+    masks = image.masks
+    ranks = rank_masks([mask.predicted_iou for mask in masks], [mask.stability_score for mask in masks]).tolist()
     return [
         {
             "image_id": image.source.image_id,
@@ -114,13 +122,14 @@ def annotation_rows(image: LabeledImage) -> list[dict[str, Any]]:
             "crop_box": list(mask.crop_box_xywh),
             "category_id": CATEGORY_OBJECT,
             "iscrowd": 0,
+            "rank": rank,
         }
-        for index, mask in enumerate(image.masks)
+        for index, (mask, rank) in enumerate(zip(masks, ranks, strict=True))
     ]
 
 
 def row_to_mask(row: dict[str, Any]) -> Mask:
-    """Inverse of annotation_rows for one row."""
+    """Inverse of annotation_rows for one row. Needs no rank: labels from before it was stored have none."""
     height, width = row["segmentation"]["size"]
     x, y, w, h = row["bbox"]
     crop_x, crop_y, crop_w, crop_h = row["crop_box"]

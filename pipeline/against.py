@@ -1,0 +1,202 @@
+"""maskbeam evaluate --against: which masks of one set of labels another one of the same images has, too.
+
+Both are read chunk by chunk, and may be cut into chunks differently: images are the same by their image_id.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline.options import UsageError
+from transforms.agreement import MATCH_IOU, compare_masks
+from transforms.labels import list_chunks, read_chunk, read_chunks
+from transforms.records import Mask
+from transforms.schema import row_to_mask
+
+_CHUNKS_IN_MEMORY = 4
+
+
+@dataclass(frozen=True)
+class ComparedMasks:
+    """The masks of an image, or of many, in two sets of labels.
+
+    Attributes:
+      masks: in the labels.
+      masks_against: in the labels that they are compared with.
+      matched: pairs that are the same object, by agreement.MATCH_IOU.
+      matched_iou_sum: of the pairs' mask IoU.
+      best_iou_sum: over all of masks_against, of the highest mask IoU with any mask of the labels.
+    """
+
+    masks: int = 0
+    masks_against: int = 0
+    matched: int = 0
+    matched_iou_sum: float = 0.0
+    best_iou_sum: float = 0.0
+
+    @property
+    def lost(self) -> int:
+        """Masks of the other labels that these do not have."""
+        return self.masks_against - self.matched
+
+    @property
+    def new(self) -> int:
+        """Masks that the other labels do not have."""
+        return self.masks - self.matched
+
+    def __add__(self, other: ComparedMasks) -> ComparedMasks:
+        return ComparedMasks(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the counts and the two means, None where there is nothing to average."""
+        return {
+            "masks": self.masks,
+            "masks_against": self.masks_against,
+            "matched": self.matched,
+            "lost": self.lost,
+            "new": self.new,
+            "mean_matched_iou": self.matched_iou_sum / self.matched if self.matched else None,
+            "mean_best_iou": self.best_iou_sum / self.masks_against if self.masks_against else None,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sets of labels.
+
+    Attributes:
+      images: by image_id, those that both have and that failed in neither.
+      failed: image_id -> in which labels it failed: "labels", "against" or "both". They are not compared.
+      only_in_labels, only_in_against: image_id of those that one of them lacks.
+    """
+
+    images: dict[str, ComparedMasks]
+    failed: dict[str, str]
+    only_in_labels: tuple[str, ...]
+    only_in_against: tuple[str, ...]
+
+    @property
+    def unchanged(self) -> int:
+        """Images without a lost or new mask."""
+        return sum(not image.lost and not image.new for image in self.images.values())
+
+
+def compare_labels(labels: str, against: str) -> Comparison:
+    """Compares the masks of all images that two sets of labels have in common.
+
+    Raises:
+      UsageError: one of them cannot be read, or an image has two sizes.
+    """
+    try:
+        place = {  # image_id -> chunk, in the other labels
+            image_id: (tables.shard, tables.index)
+            for tables in read_chunks(against)
+            for image_id in tables.images["image_id"].to_pylist()
+        }
+        return _compare(labels, against, place)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"cannot compare the labels: {error}") from error
+
+
+def _compare(labels: str, against: str, place: dict[str, tuple[str, int]]) -> Comparison:
+    @lru_cache(maxsize=_CHUNKS_IN_MEMORY)
+    def read_other(shard: str, index: int) -> dict[str, _Image]:
+        return {image.image_id: image for image in _images(against, shard, index)}
+
+    compared, failed, only_in_labels = {}, {}, []
+    not_seen = set(place)
+    for shard, index in tqdm(
+        list_chunks(labels), unit="chunk", dynamic_ncols=True, file=sys.stderr, disable=not sys.stderr.isatty()
+    ):
+        for image in _images(labels, shard, index):
+            if image.image_id not in place:
+                only_in_labels.append(image.image_id)
+                continue
+            not_seen.discard(image.image_id)
+            other = read_other(*place[image.image_id])[image.image_id]
+            if image.failed or other.failed:
+                both = image.failed and other.failed
+                failed[image.image_id] = "both" if both else "labels" if image.failed else "against"
+                continue
+            if image.size_hw != other.size_hw:
+                raise ValueError(
+                    f"{image.image_id} has the size {image.size_hw} (H, W) in {labels} and {other.size_hw} in "
+                    f"{against}. Label both with the same --exif."
+                )
+            compared[image.image_id] = _compare_image(image.masks, other.masks)
+    return Comparison(compared, failed, tuple(only_in_labels), tuple(sorted(not_seen)))
+
+
+@dataclass(frozen=True)
+class _Image:
+    image_id: str
+    size_hw: tuple[int | None, int | None]
+    failed: bool
+    masks: list[Mask]
+
+
+def _images(labels: str, shard: str, index: int) -> Iterator[_Image]:
+    for row, masks in read_chunk(labels, shard, index).rows():
+        size_hw = (row["height"], row["width"])
+        yield _Image(row["image_id"], size_hw, row["status"] == "failed", [row_to_mask(mask) for mask in masks])
+
+
+def _compare_image(masks: list[Mask], against: list[Mask]) -> ComparedMasks:
+    agreement = compare_masks(expected=against, actual=masks)
+    return ComparedMasks(
+        len(masks), len(against), agreement.matched, sum(agreement.matched_ious), sum(agreement.best_ious)
+    )
+
+
+def format_comparison(comparison: Comparison, labels: str, against: str) -> str:
+    """What the command prints."""
+    total = sum(comparison.images.values(), ComparedMasks())
+    means = total.to_dict()
+    lines = [f"failed in {where}: {image_id}" for image_id, where in comparison.failed.items()]
+    table: list[tuple[str, int | float | None, str]] = [
+        ("images in both", len(comparison.images) + len(comparison.failed), ""),
+        ("  failed in one or both, not compared", len(comparison.failed), ""),
+        ("  without a lost or new mask", comparison.unchanged, _share(comparison.unchanged, len(comparison.images))),
+        (f"images only in {labels}", len(comparison.only_in_labels), ""),
+        (f"images only in {against}", len(comparison.only_in_against), ""),
+        (f"masks in {against}", total.masks_against, ""),
+        (f"  matched at IoU >= {MATCH_IOU}", total.matched, _share(total.matched, total.masks_against)),
+        ("  lost", total.lost, _share(total.lost, total.masks_against)),
+        (f"masks in {labels}", total.masks, ""),
+        ("  new", total.new, _share(total.new, total.masks)),
+        ("mean IoU of the matched masks", means["mean_matched_iou"], ""),
+        (f"mean best IoU of all masks in {against}", means["mean_best_iou"], ""),
+    ]
+    width = max(len(name) for name, _, _ in table) + 2
+    lines += [f"{name:<{width}}{_told(value):>10}{share:>9}".rstrip() for name, value, share in table]
+    return "\n".join(lines)
+
+
+def _told(value: int | float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else ""
+
+
+def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
+    """The result for JSON: the totals, what could not be compared, a row for each image."""
+    return {
+        "summary": {
+            "images": len(comparison.images),
+            "unchanged": comparison.unchanged,
+            "match_iou": MATCH_IOU,
+            **sum(comparison.images.values(), ComparedMasks()).to_dict(),
+        },
+        "failed": comparison.failed,
+        "only_in_labels": comparison.only_in_labels,
+        "only_in_against": comparison.only_in_against,
+        "images": [{"image_id": image_id, **masks.to_dict()} for image_id, masks in comparison.images.items()],
+    }

@@ -1,0 +1,386 @@
+"""maskbeam evaluate: how many objects of a hand-made truth the labels find, or how two sets of labels differ.
+
+The labels are read chunk by chunk, and only counts are kept of an image. Every image is accounted for: one that failed
+counts as an image without masks, and is named.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+from tqdm import tqdm
+
+from pipeline.against import compare_labels, comparison_to_dict, format_comparison
+from pipeline.options import UsageError, parse_job
+from pipeline.run import EXIT_DONE
+from transforms import rle
+from transforms.labels import ChunkTables, read_chunks
+from transforms.match import absolute
+from transforms.recall import (
+    AREA_RANGES,
+    CONFIDENCE,
+    IOU_THRESHOLDS,
+    MAX_PROPOSALS,
+    RESAMPLES,
+    Figure,
+    ImageRecall,
+    Recall,
+    image_recall,
+    summarize_recall,
+)
+from transforms.summary import read_json, write_json
+from transforms.truth import TruthImage, TruthObject, parse_instances
+
+_DESCRIPTION = (
+    "Compares labels with a truth: class-agnostic average recall of masks and boxes, as COCO and the SAM paper define "
+    "it, with bootstrap intervals. Or, with --against, with other labels of the same images."
+)
+
+RANKINGS = ("rank", "predicted_iou")
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is compared, and where the result goes.
+
+    Attributes:
+      labels: directory of the labels, on any Beam file system.
+      truth: COCO instances JSON, masks as polygons or RLE. An image of it is the one of the labels whose image_id or
+        file_name is its file_name, letter by letter.
+      against: directory of other labels of the same images, instead of a truth. Images are the same by their image_id.
+      allow_missing: evaluate the images that labels and truth have in common, instead of refusing if one lacks some.
+      rank_by: the order of an image's masks, which decides about the first 10, 100 and 1000: rank, or predicted_iou,
+        the highest first, equal ones by mask_index.
+      seed: of the bootstrap.
+      json: file for the whole result, with a row for each image, on any Beam file system; replaced if it exists.
+      plot: PNG file for recall over the IoU and AR by size, likewise.
+    """
+
+    labels: str
+    truth: str | None = None
+    against: str | None = None
+    allow_missing: bool = False
+    rank_by: str = "rank"
+    seed: int = 0
+    json: str | None = None
+    plot: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("labels", "truth", "against", "json", "plot"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is empty; expected a path.")
+        if (self.truth is None) == (self.against is None):
+            raise ValueError("exactly one of --truth and --against must be given.")
+        if self.plot is not None and (self.truth is None or not self.plot.endswith(".png")):
+            raise ValueError(f"plot is {self.plot}; expected a file that ends in .png, and --truth beside it.")
+        if self.rank_by not in RANKINGS:
+            raise ValueError(f"rank_by must be {' or '.join(RANKINGS)}, got {self.rank_by}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """Everything `maskbeam evaluate` was asked to do."""
+
+    evaluation: EvaluateConfig
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Which image of the labels is which of the truth.
+
+    Attributes:
+      truth: by the image_id of the labels, in their order.
+      failed: image_id -> stage and reason of the labels' failed images, be they in the truth or not.
+      only_in_labels: image_id of those that are not in the truth and did not fail.
+      only_in_truth: file_name of those that are not in the labels.
+    """
+
+    truth: dict[str, TruthImage]
+    failed: dict[str, str]
+    only_in_labels: tuple[str, ...]
+    only_in_truth: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EvaluatedImage:
+    """An image that labels and truth have in common."""
+
+    image_id: str
+    truth: TruthImage
+    num_masks: int
+    recall: ImageRecall
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Labels held against a truth."""
+
+    joined: Joined
+    images: tuple[EvaluatedImage, ...]
+    recall: Recall
+
+
+def main(argv: list[str]) -> int:
+    """Parses the flags and compares."""
+    config = parse_evaluate(argv).evaluation
+    write_result(config, {})  # that it cannot be written is told now, not after the work
+    if config.truth is not None:
+        evaluate_truth(config, config.truth)
+    if config.against is not None:
+        comparison = compare_labels(config.labels, config.against)
+        print(format_comparison(comparison, config.labels, config.against))
+        write_result(config, comparison_to_dict(comparison))
+    return EXIT_DONE
+
+
+def parse_evaluate(argv: list[str]) -> EvaluateJob:
+    """Command line -> what to do."""
+    return parse_job("evaluate", EvaluateJob, argv, _DESCRIPTION)
+
+
+def evaluate_truth(config: EvaluateConfig, truth_path: str) -> None:
+    """Holds the labels against a truth, prints the result and writes it as JSON and as a plot.
+
+    Raises:
+      UsageError: labels or truth cannot be used, or an image is not in both.
+    """
+    try:
+        truth = parse_instances(read_json(truth_path))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"cannot read --truth {truth_path}: {error}") from error
+    rows = (row for tables in labeled_chunks(config.labels) for row in tables.images.to_pylist())
+    joined = join_truth(truth, rows, config.allow_missing)
+    images = tuple(
+        tqdm(
+            evaluate_images(config.labels, joined.truth, config.rank_by),
+            total=len(joined.truth),
+            unit="image",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            disable=not sys.stderr.isatty(),
+        )
+    )
+    evaluation = Evaluation(joined, images, summarize_recall([image.recall for image in images], config.seed))
+    print(format_evaluation(evaluation, config))
+    write_result(config, evaluation_to_dict(evaluation))
+    if config.plot is not None:
+        # Late: nothing else needs matplotlib.
+        from pipeline.plot_recall import plot_recall
+
+        write_plot(config.plot, plot_recall(evaluation.recall))
+
+
+def join_truth(truth: dict[str, TruthImage], rows: Iterable[dict[str, Any]], allow_missing: bool) -> Joined:
+    """Finds for each image of the labels the one of the truth that has its image_id or its file_name as file_name.
+
+    Args:
+      truth: by file_name.
+      rows: of the images table.
+      allow_missing: leave out images that are not in both.
+
+    Raises:
+      UsageError: an image may be two, is of another size in the truth, or is missing on a side.
+    """
+    found: dict[str, TruthImage] = {}
+    owners: dict[str, str] = {}
+    failed, only_in_labels = {}, []
+    for row in rows:
+        image_id, size_hw = row["image_id"], (row["height"], row["width"])
+        if row["status"] == "failed":
+            failed[image_id] = f"{row['error_stage']}: {row['error']}"
+        names = {name for name in (image_id, row["file_name"]) if name in truth}
+        if not names:
+            if row["status"] != "failed":  # a broken shard's row is no image
+                only_in_labels.append(image_id)
+            continue
+        if len(names) > 1:
+            raise UsageError(
+                f"{image_id} of the labels is two images of the truth: {image_id} by its image_id and "
+                f"{row['file_name']} by its file_name. Rename one in the truth."
+            )
+        (name,) = names
+        if name in owners:
+            raise UsageError(
+                f"{name} of the truth is two images of the labels: {owners[name]} and {image_id}. Use the path "
+                "relative to the labels' root as file_name in the truth."
+            )
+        if row["status"] != "failed" and size_hw != truth[name].size_hw:
+            raise UsageError(
+                f"{image_id} has the size {size_hw} (H, W) in the labels and {truth[name].size_hw} in the truth. If "
+                "the truth is of the unrotated photo, label with --exif ignore."
+            )
+        owners[name] = image_id
+        found[image_id] = truth[name]
+    joined = Joined(found, failed, tuple(only_in_labels), tuple(name for name in truth if name not in owners))
+    if not found:
+        raise UsageError(
+            f"labels and truth have no image in common: the labels have {_some(joined.only_in_labels)}, the truth "
+            f"{_some(joined.only_in_truth)}. A file_name of the truth must be an image_id or file_name of the labels."
+        )
+    missing = (("truth but not in the labels", joined.only_in_truth), ("labels but not in the truth", only_in_labels))
+    for where, images in missing:
+        if images and not allow_missing:
+            raise UsageError(
+                f"{len(images)} images are in the {where}: {_some(images)}. --allow_missing evaluates the others."
+            )
+    return joined
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "") or "none"
+
+
+def evaluate_images(labels: str, truth: dict[str, TruthImage], rank_by: str) -> Iterator[EvaluatedImage]:
+    """What the masks of each image find, one chunk in memory.
+
+    Args:
+      truth: by the image_id of the labels; other images are left out.
+
+    Raises:
+      UsageError: an annotation of the truth or a file of the labels cannot be used; names it.
+    """
+    for tables in labeled_chunks(labels):
+        chosen = [image_id for image_id in tables.images["image_id"].to_pylist() if image_id in truth]
+        rows_of: dict[str, list[int]] = {image_id: [] for image_id in chosen}
+        for row, image_id in enumerate(tables.annotations["image_id"].to_pylist()):
+            if image_id in rows_of:
+                rows_of[image_id].append(row)
+        for image_id, rows in rows_of.items():
+            try:
+                objects = truth[image_id].objects()
+            except ValueError as error:
+                raise UsageError(f"cannot use the truth: {error}") from error
+            masks = tables.annotations.take(pa.array(rows, pa.int64()))
+            recall = recall_of_masks(masks, objects, truth[image_id].size_hw, rank_by)
+            yield EvaluatedImage(image_id, truth[image_id], len(rows), recall)
+
+
+def recall_of_masks(masks: pa.Table, objects: list[TruthObject], size_hw: tuple[int, int], rank_by: str) -> ImageRecall:
+    """What the masks of an image find, in the order of a ranking.
+
+    Args:
+      masks: the image's rows of the annotations table.
+    """
+    order = ranked_order(masks, rank_by)
+    counts = masks["segmentation"].combine_chunks().field("counts").to_pylist()
+    boxes_xywh = np.array(masks["bbox"].to_pylist(), float).reshape(-1, 4)
+    return image_recall(
+        rle.ious([counts[i] for i in order], [one.counts for one in objects], size_hw),
+        rle.box_ious(boxes_xywh[order], np.array([one.bbox_xywh for one in objects]).reshape(-1, 4)),
+        np.array([one.area for one in objects]),
+    )
+
+
+def ranked_order(masks: pa.Table, rank_by: str) -> np.ndarray:
+    """Indices of an image's rows, the first-ranked first."""
+    if rank_by == "rank":
+        return np.argsort(masks["rank"].to_numpy())
+    return np.lexsort((masks["mask_index"].to_numpy(), -masks["predicted_iou"].to_numpy()))
+
+
+def labeled_chunks(labels: str) -> Iterator[ChunkTables]:
+    """All chunks, one at a time in memory.
+
+    Raises:
+      UsageError: there is none, or one is damaged.
+    """
+    try:
+        yield from read_chunks(labels)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"cannot read labels: {error}") from error
+
+
+def write_result(config: EvaluateConfig, content: dict[str, Any]) -> None:
+    """Writes --json, with what the result depends on."""
+    if config.json is None:
+        return
+    try:
+        write_json(absolute(config.json), {"evaluation": asdict(config), **content})
+    except (OSError, ValueError) as error:  # ValueError: a file system that Beam does not know
+        raise UsageError(f"cannot write --json {config.json}: {error}. Choose a file that can be written.") from error
+
+
+def write_plot(path: str, png: bytes) -> None:
+    """Writes --plot."""
+    try:
+        with FileSystems.create(absolute(path), compression_type=CompressionTypes.UNCOMPRESSED) as file:
+            file.write(png)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot write --plot {path}: {error}. Choose a file that can be written.") from error
+
+
+def format_evaluation(evaluation: Evaluation, config: EvaluateConfig) -> str:
+    """What the command prints: failed and missing images, totals, the table of figures with their intervals."""
+    joined, recall, images = evaluation.joined, evaluation.recall, evaluation.images
+    lines = [f"failed {image_id}: {reason}" for image_id, reason in joined.failed.items()]
+    if joined.only_in_labels:
+        lines.append(f"left out, since not in the truth: {len(joined.only_in_labels)} images")
+    if joined.only_in_truth:
+        lines.append(f"left out, since not in the labels: {len(joined.only_in_truth)} images")
+    lines += [
+        f"{len(images)} images, {sum(image.num_masks for image in images)} masks, {recall.objects['all']} objects; "
+        f"{sum(image.truth.num_crowds for image in images)} crowd regions ignored",
+        f"masks in the order of {config.rank_by}; in brackets {CONFIDENCE:.0%} intervals, from {RESAMPLES} bootstrap "
+        f"samples of the images, seed {config.seed}",
+        "",
+    ]
+    table = [("", list(AREA_RANGES)), ("objects", [str(recall.objects[size]) for size in AREA_RANGES])]
+    for kind, figures in (("mask", recall.mask_ar), ("box", recall.box_ar)):
+        table += [
+            (f"{kind} AR@{count}", [_told(figures[size][count]) for size in AREA_RANGES]) for count in MAX_PROPOSALS
+        ]
+    table.append(("mean best IoU", [_told(recall.mean_best_iou[size]) for size in AREA_RANGES]))
+    lines += [f"{name:<14}" + "".join(f"{cell:>23}" for cell in cells) for name, cells in table]
+    return "\n".join(lines)
+
+
+def _told(figure: Figure) -> str:
+    if figure.value is None:
+        return "-"
+    return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
+
+
+def evaluation_to_dict(evaluation: Evaluation) -> dict[str, Any]:
+    """The result for JSON: the figures, what could not be compared, a row for each image."""
+    joined, images = evaluation.joined, evaluation.images
+    return {
+        "summary": {
+            "images": len(images),
+            "masks": sum(image.num_masks for image in images),
+            "crowd_regions": sum(image.truth.num_crowds for image in images),
+            "iou_thresholds": IOU_THRESHOLDS.tolist(),
+            "area_ranges": AREA_RANGES,
+            "confidence": CONFIDENCE,
+            "resamples": RESAMPLES,
+            **asdict(evaluation.recall),
+        },
+        "failed": joined.failed,
+        "only_in_labels": joined.only_in_labels,
+        "only_in_truth": joined.only_in_truth,
+        "images": [_image_to_dict(image) for image in images],
+    }
+
+
+def _image_to_dict(image: EvaluatedImage) -> dict[str, Any]:
+    recall, objects = image.recall, int(image.recall.objects[0])
+    found = recall.masks[0].mean(axis=-1).tolist()  # at an average threshold
+    return {
+        "image_id": image.image_id,
+        "file_name": image.truth.file_name,
+        "masks": image.num_masks,
+        "objects": objects,
+        "crowd_regions": image.truth.num_crowds,
+        "mask_ar": {count: found[k] / objects if objects else None for k, count in enumerate(MAX_PROPOSALS)},
+        "mean_best_iou": float(recall.best_ious[0]) / objects if objects else None,
+    }
