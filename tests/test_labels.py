@@ -1,0 +1,86 @@
+"""Reading a directory of labels back. What a run that was killed leaves behind is made by taking files away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import label, read_labels, write_photos
+from transforms.labels import list_chunks, read_chunks, read_run
+
+
+@pytest.fixture
+def labels(photos: Path, output: Path) -> Path:
+    """Six photos and an empty file, in chunks of two."""
+    (photos / "broken.png").write_bytes(b"")
+    assert label("--input", photos, "--output", output, "--chunk_size", "2") == 0
+    return output
+
+
+def test_all_rows_come_in_the_order_of_the_chunks(labels: Path) -> None:
+    chunks = list(read_chunks(str(labels)))
+    assert [(chunk.shard, chunk.index) for chunk in chunks] == [("@root", index) for index in range(4)]
+    pairs = [pair for chunk in chunks for pair in chunk.rows()]
+    expected = read_labels(labels)
+    assert [image["image_id"] for image, _ in pairs] == [*(f"{number}.png" for number in range(6)), "broken.png"]
+    assert [mask for _, masks in pairs for mask in masks] == expected.annotations
+    assert [len(masks) for _, masks in pairs] == [row["num_masks"] for row in expected.images]
+    assert pairs[-1][0]["status"] == "failed" and pairs[-1][1] == []
+
+
+def test_chunks_are_ordered_by_number(tmp_path: Path, output: Path) -> None:
+    assert label("--input", write_photos(tmp_path / "photos", 12), "--output", output, "--chunk_size", "1") == 0
+    for name in ("annotations", "images"):  # as if there were more than the five digits hold
+        (output / name / "@root-00011.parquet").rename(output / name / "@root-100000.parquet")
+    assert [index for _, index in list_chunks(str(output))] == [*range(11), 100000]
+
+
+@pytest.mark.parametrize("directory", ["annotations", "images"])
+def test_a_chunk_without_its_partner_is_not_read(labels: Path, directory: str) -> None:
+    (labels / directory / "@root-00001.parquet").unlink()
+    (labels / "images" / "notes.parquet").touch()
+    assert [chunk.index for chunk in read_chunks(str(labels))] == [0, 2, 3]
+
+
+def test_the_run_is_read(labels: Path) -> None:
+    assert read_run(str(labels))["chunk_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(None, "there is no run.json"), ("{", "run.json is damaged"), ("[]", "not written by"), ("{}", "not written by")],
+)
+def test_a_directory_that_is_not_ours_is_an_error(tmp_path: Path, content: str | None, told: str) -> None:
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=told):
+        read_run(str(tmp_path))
+
+
+def test_labels_without_a_finished_chunk_are_an_error(labels: Path) -> None:
+    for file in (labels / "images").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="no finished chunk"):
+        list_chunks(str(labels))
+
+
+def test_a_damaged_file_is_named(labels: Path) -> None:
+    path = labels / "annotations" / "@root-00002.parquet"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"@root-00002\.parquet is damaged"):
+        list(read_chunks(str(labels)))
+
+
+def test_tables_of_somebody_else_are_named(labels: Path) -> None:
+    pq.write_table(pa.table({"image_id": ["0.png"]}), labels / "images" / "@root-00002.parquet")
+    with pytest.raises(ValueError, match=r"@root-00002\.parquet has no column key"):
+        list(read_chunks(str(labels)))
+
+
+def test_files_that_do_not_belong_together_are_an_error(labels: Path) -> None:
+    (labels / "images" / "@root-00001.parquet").write_bytes((labels / "images" / "@root-00000.parquet").read_bytes())
+    with pytest.raises(ValueError, match=r"such as '2\.png'"):
+        list(read_chunks(str(labels)))

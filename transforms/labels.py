@@ -1,0 +1,123 @@
+"""A directory of labels, read back as a stream: run.json, and the two tables chunk by chunk.
+
+A chunk counts once it is committed, with both its files, as in transforms/resume.py; what a killed run left beside
+those is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+
+from transforms.resume import committed_chunks
+from transforms.schema import ANNOTATIONS, IMAGES
+from transforms.summary import read_json
+from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, RUN_FILE, chunk_name
+
+_MADE_BY_US = {"root", "model_fingerprint", "amg"}
+
+
+@dataclass(frozen=True)
+class ChunkTables:
+    """The rows of one chunk.
+
+    Attributes:
+      shard: its name, as in the names of the files.
+      index: position in the shard, from 0.
+      images: schema.IMAGES; its metadata has the chunk's report.
+      annotations: schema.ANNOTATIONS, an image's masks in their order.
+    """
+
+    shard: str
+    index: int
+    images: pa.Table
+    annotations: pa.Table
+
+    def rows(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """Each row of the images table with the image's rows of the annotations table."""
+        masks: dict[str, list[dict[str, Any]]] = {}
+        for mask in self.annotations.to_pylist():
+            masks.setdefault(mask["image_id"], []).append(mask)
+        for image in self.images.to_pylist():
+            yield image, masks.get(image["image_id"], [])
+
+
+def read_run(labels: str) -> dict[str, Any]:
+    """The content of run.json.
+
+    Args:
+      labels: directory that `maskbeam label` or `maskbeam import` wrote, on any Beam file system.
+
+    Raises:
+      ValueError: the directory is not one of ours.
+    """
+    path = FileSystems.join(labels, RUN_FILE)
+    if not FileSystems.exists(path):
+        raise ValueError(f"{labels} holds no labels: there is no {RUN_FILE}. Give the --output of `maskbeam label`.")
+    try:
+        run = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Label again, into another --output.") from error
+    if not isinstance(run, dict) or not run.keys() >= _MADE_BY_US:
+        raise ValueError(f"{path} was not written by maskbeam. Give the --output of `maskbeam label`.")
+    return run
+
+
+def list_chunks(labels: str) -> list[tuple[str, int]]:
+    """Shard and index of each committed chunk, in the order in which everything that reads labels goes through them.
+
+    Raises:
+      ValueError: there is none.
+    """
+    chunks = [(shard, index) for shard, indices in sorted(committed_chunks(labels).items()) for index in indices]
+    if not chunks:
+        raise ValueError(f"{labels} holds no finished chunk. Let `maskbeam label` run until it has committed some.")
+    return chunks
+
+
+def read_chunk(labels: str, shard: str, index: int) -> ChunkTables:
+    """The two tables of a committed chunk.
+
+    Raises:
+      ValueError: a file is damaged, or is not one of ours.
+    """
+    images, annotations = (
+        _read_table(FileSystems.join(labels, directory, chunk_name(shard, index)), schema)
+        for directory, schema in ((IMAGES_DIR, IMAGES), (ANNOTATIONS_DIR, ANNOTATIONS))
+    )
+    strays = set(annotations["image_id"].unique().to_pylist()) - set(images["image_id"].to_pylist())
+    if strays:
+        raise ValueError(
+            f"the annotations of chunk {chunk_name(shard, index)} in {labels} are of images that its images table "
+            f"does not have, such as {min(strays)!r}: its two files do not belong together. Label again."
+        )
+    return ChunkTables(shard, index, images, annotations)
+
+
+def read_chunks(labels: str) -> Iterator[ChunkTables]:
+    """All committed chunks, one at a time in memory.
+
+    Raises:
+      ValueError: there is none, or one is damaged.
+    """
+    for shard, index in list_chunks(labels):
+        yield read_chunk(labels, shard, index)
+
+
+def _read_table(path: str, schema: pa.Schema) -> pa.Table:
+    try:
+        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+            table = pq.read_table(file)
+    except (ValueError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{path} is damaged: {str(error).partition(chr(10))[0]}. Delete it and label again."
+        ) from error
+    if missing := [name for name in schema.names if name not in table.column_names]:
+        raise ValueError(f"{path} has no column {missing[0]}: it was not written by maskbeam, or by another version.")
+    return table
