@@ -63,12 +63,13 @@ def describe_run(job: Job, root: str) -> dict[str, Any]:
         "dtype": job.model.dtype,
         "backend": default_backend(),
         "amg": asdict(job.amg),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(),
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Of Python, this program, and the libraries that rows may depend on."""
+    found = {"python": platform.python_version()}
     for package in _VERSIONED:
         try:
             found[package] = importlib.metadata.version(package)

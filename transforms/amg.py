@@ -51,6 +51,9 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
+# Fields of AmgConfig that say what is stored, not what the masks are.
+CANDIDATE_SETTINGS = ("keep_candidates", "candidate_pred_iou_thresh", "candidate_stability_score_thresh")
+
 # Candidates are kept down to this part of the run's own thresholds, unless told otherwise.
 _BAR = 0.8
 
@@ -116,6 +119,14 @@ class AmgConfig(SelectionConfig):
                 )
         layer_point_grids(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AmgConfig:
+        """Inverse of asdict, after a way through JSON, which knows no tuples."""
+        grids = values["point_grids"]
+        if grids is not None:
+            grids = tuple(tuple((x, y) for x, y in grid) for grid in grids)
+        return cls(**{**values, "point_grids": grids})
+
     @property
     def bar(self) -> AmgConfig:
         """The parameters to propose candidates with: where they are kept, their bar is in place of the thresholds."""
@@ -123,12 +134,15 @@ class AmgConfig(SelectionConfig):
             return self
         predicted_iou, stability = self.candidate_pred_iou_thresh, self.candidate_stability_score_thresh
         return replace(
-            self,
-            pred_iou_thresh=_BAR * self.pred_iou_thresh if predicted_iou is None else predicted_iou,
-            stability_score_thresh=_BAR * self.stability_score_thresh if stability is None else stability,
-            keep_candidates=False,
-            candidate_pred_iou_thresh=None,
-            candidate_stability_score_thresh=None,
+            self.without_candidates(),
+            pred_iou_thresh=round(_BAR * self.pred_iou_thresh, 6) if predicted_iou is None else predicted_iou,
+            stability_score_thresh=round(_BAR * self.stability_score_thresh, 6) if stability is None else stability,
+        )
+
+    def without_candidates(self) -> AmgConfig:
+        """The same parameters, and nothing but masks is stored."""
+        return replace(
+            self, keep_candidates=False, candidate_pred_iou_thresh=None, candidate_stability_score_thresh=None
         )
 
     @classmethod

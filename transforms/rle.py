@@ -114,6 +114,13 @@ def iou(one: str, others: list[str], size_hw: tuple[int, int]) -> np.ndarray:
     return coco_mask.iou(rest, [{"size": size, "counts": one}], [0]).reshape(-1)
 
 
+def shares_within(masks: list[str], size_hw: tuple[int, int]) -> np.ndarray:
+    """How much of each RLE lies within each: (N, N) float64, [i, j] the fraction of the pixels of i that j has, too."""
+    rles = [{"size": list(size_hw), "counts": counts} for counts in masks]
+    # A "crowd" in COCO's sense is a region within which any part counts, so this is intersection / area of the first.
+    return coco_mask.iou(rles, rles, [1] * len(rles)) if rles else np.zeros((0, 0))
+
+
 def counts_to_mask(counts: str, size_hw: tuple[int, int]) -> np.ndarray:
     """Decodes an RLE to (H, W) bool."""
     return coco_mask.decode({"size": list(size_hw), "counts": counts}).astype(bool)
