@@ -230,15 +230,17 @@ def change_settings(run: dict[str, Any], changes: dict[str, Any], labels: str) -
         before = AmgConfig.from_dict(run["amg"])
     except (TypeError, KeyError) as error:
         raise ValueError(f"{labels} was made by another version of maskbeam: {error}. Label it again.") from error
+    if "refined_from" in run:
+        raise ValueError(f"{labels} was refined from {run['refined_from']['labels']}: refine that again.")
     if not before.keep_candidates:
         raise ValueError(f"{labels} has no candidates. Label it with --keep_candidates, into a new directory.")
     decidable = {field.name for field in fields(SelectionConfig)}
     for name, value in changes.items():
         if name not in decidable and value != getattr(before, name):
-            what = "logits, which are not stored" if name in _LOGIT_SETTINGS else "prompts, which need the model"
+            needed = "the logits, which are not stored" if name in _LOGIT_SETTINGS else "the model"
             raise ValueError(
                 f"--{name} cannot be changed to {value} now: the candidates in {labels} were made with "
-                f"{getattr(before, name)}. Another value means other {what}. Run `maskbeam label` again."
+                f"{getattr(before, name)}. Another value needs {needed}. Run `maskbeam label` again."
             )
     after = replace(before.without_candidates(), **changes)
     for name in ("pred_iou_thresh", "stability_score_thresh"):

@@ -47,13 +47,20 @@ def find_contained(masks: Sequence[Mask], threshold: float) -> np.ndarray:
       (N, N) bool: [i, j] is True if mask i lies within mask j. Nothing lies within itself, an empty mask nowhere.
     """
     contained = np.zeros((len(masks), len(masks)), bool)
-    if not masks:
-        return contained
-    shares = rle.shares_within([mask.counts for mask in masks], masks[0].size_hw)
     areas = np.array([mask.area for mask in masks])
-    index = np.arange(len(masks))
-    larger = (areas > areas[:, None]) | ((areas == areas[:, None]) & (index < index[:, None]))
-    return larger & (shares >= threshold) & (areas > 0)[:, None]
+    corners = np.array([mask.bbox_xywh for mask in masks]).reshape(-1, 4)
+    corners[:, 2:] += corners[:, :2]
+    for i, mask in enumerate(masks):
+        larger = (areas > mask.area) | ((areas == mask.area) & (np.arange(len(masks)) < i))
+        if not mask.area or not larger.any():
+            continue
+        # No more pixels are common than fit into both boxes, which spares most pairs the look at their pixels.
+        sides = np.minimum(corners[i, 2:], corners[:, 2:]) - np.maximum(corners[i, :2], corners[:, :2])
+        at_most = np.maximum(sides, 0).prod(axis=1) / mask.area
+        others = np.flatnonzero(larger & (at_most >= threshold)).tolist()
+        shares = rle.share_within(mask.counts, [masks[j].counts for j in others], mask.size_hw)
+        contained[i, others] = shares >= threshold
+    return contained
 
 
 def apply_containment(masks: list[Mask], config: ContainmentConfig) -> tuple[list[Mask], Dropped]:

@@ -114,11 +114,14 @@ def iou(one: str, others: list[str], size_hw: tuple[int, int]) -> np.ndarray:
     return coco_mask.iou(rest, [{"size": size, "counts": one}], [0]).reshape(-1)
 
 
-def shares_within(masks: list[str], size_hw: tuple[int, int]) -> np.ndarray:
-    """How much of each RLE lies within each: (N, N) float64, [i, j] the fraction of the pixels of i that j has, too."""
-    rles = [{"size": list(size_hw), "counts": counts} for counts in masks]
-    # A "crowd" in COCO's sense is a region within which any part counts, so this is intersection / area of the first.
-    return coco_mask.iou(rles, rles, [1] * len(rles)) if rles else np.zeros((0, 0))
+def share_within(one: str, others: list[str], size_hw: tuple[int, int]) -> np.ndarray:
+    """Fraction of the pixels of one RLE that each of the others has, too: (N,) float64; 0 for an empty mask."""
+    if not others:
+        return np.zeros(0)  # pycocotools returns a list here
+    size = list(size_hw)
+    rest = [{"size": size, "counts": counts} for counts in others]
+    # A "crowd" in COCO's sense is a region of which any part will do: intersection / area of the first argument.
+    return coco_mask.iou([{"size": size, "counts": one}], rest, [1] * len(rest)).reshape(-1)
 
 
 def counts_to_mask(counts: str, size_hw: tuple[int, int]) -> np.ndarray:
