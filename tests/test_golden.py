@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.fakes import StoredSam
-from transforms.amg import AmgConfig, ImageMasks, Sam, label_image
+from transforms.amg import AmgConfig, Sam, label_image
 from transforms.containment import ContainmentConfig
 from transforms.records import ChunkReport, EncodedImage, LabeledChunk, LabeledImage, Mask, Shard
 from transforms.refine import refine_chunk
@@ -98,7 +98,7 @@ def test_each_filter_drops_what_the_reference_drops(name: str, sam: Sam) -> None
     assert actual.num_candidates == case["num_candidates"] == len(actual.masks) + actual.dropped.total()
 
 
-# The settings that a crop layer can be refined with; each of them with each golden case's own.
+# What each golden case is refined to, beside its own settings.
 CHANGES: list[dict[str, Any]] = [
     {},
     {"nms_by": "mask", "box_nms_thresh": 0.5},
@@ -132,7 +132,8 @@ def test_refined_candidates_are_what_label_gives(name: str, sam: Sam) -> None:
         wanted = replace(config, **changes)
         (refined,) = refine_chunk(images, candidates, wanted, ContainmentConfig())
         directly = label_image(sam, pixels, wanted) if changes else kept
-        assert [replace(mask, parent_id=None) for mask in refined.masks] == list(directly.masks)
+        # As text, since some stabilities are NaN.
+        assert repr([replace(mask, parent_id=None) for mask in refined.masks]) == repr(list(directly.masks))
         assert (refined.num_candidates, refined.dropped) == (directly.num_candidates, directly.dropped)
 
 
@@ -141,8 +142,6 @@ def test_keeping_candidates_changes_no_mask(name: str, sam: Sam) -> None:
     case = read_case(name)
     config, pixels = AmgConfig(**case["settings"]), read_pixels(case)
     kept = label_image(sam, pixels, replace(config, keep_candidates=True))
-    assert masks_of(kept) == masks_of(label_image(sam, pixels, config))
-
-
-def masks_of(image: ImageMasks) -> Any:
-    return image.masks, image.num_candidates, image.dropped
+    directly = label_image(sam, pixels, config)
+    assert repr(kept.masks) == repr(directly.masks)
+    assert (kept.num_candidates, kept.dropped) == (directly.num_candidates, directly.dropped)

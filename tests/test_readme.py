@@ -8,21 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.options import label_parser, parse_label
-from transforms.schema import ANNOTATIONS, IMAGES
+from pipeline.options import field_helps, label_parser, parse_label
+from pipeline.refine import RefineConfig, parse_refine
+from transforms.containment import ContainmentConfig
+from transforms.schema import ANNOTATIONS, CANDIDATES, IMAGES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+REFINE_COMMANDS = re.findall(r"^\S*maskbeam refine (--labels .*)$", README, re.MULTILINE)
 LABEL_COMMANDS = re.findall(r"^\S*maskbeam label (--input .*)$", README, re.MULTILINE)
 
 
-@pytest.mark.parametrize("field", [*ANNOTATIONS.names, *IMAGES.names])
+@pytest.mark.parametrize("field", [*ANNOTATIONS.names, *IMAGES.names, *CANDIDATES.names])
 def test_every_field_of_the_output_is_described(field: str) -> None:
     assert f"`{field}`" in README
 
 
 def test_every_flag_exists() -> None:
     known = {option for action in label_parser()._actions for option in action.option_strings}
+    known |= {f"--{name}" for config in (RefineConfig, ContainmentConfig) for name in field_helps(config)}
     beams = {"--direct_num_workers", "--direct_running_mode"}
     assert set(re.findall(r"`(--\w+)", README)) - known - beams == set()
 
@@ -32,8 +36,13 @@ def test_every_label_command_is_understood(command: str) -> None:
     parse_label(shlex.split(command))
 
 
-def test_there_are_label_commands() -> None:
-    assert len(LABEL_COMMANDS) >= 2
+@pytest.mark.parametrize("command", REFINE_COMMANDS)
+def test_every_refine_command_is_understood(command: str) -> None:
+    parse_refine(shlex.split(command))
+
+
+def test_there_are_commands() -> None:
+    assert len(LABEL_COMMANDS) >= 2 and REFINE_COMMANDS
 
 
 @pytest.mark.parametrize("target", re.findall(r"^make (\w+)$", README, re.MULTILINE))
