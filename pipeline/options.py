@@ -190,8 +190,8 @@ def parse_changes(
     """As parse_job, for a subcommand that starts from the settings of an earlier run and changes some.
 
     Args:
-      settings: a title -> the config class of these settings. Their flags have no defaults here; one that a former
-        class has, too, is listed there.
+      settings: title in --help -> config class. Their flags have no defaults here. A field that two classes share,
+        since one inherits from the other, is a flag under the first title only.
       without: fields of these that are no flags here.
 
     Returns:
