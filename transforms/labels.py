@@ -114,9 +114,10 @@ def _read_table(path: str, schema: pa.Schema) -> pa.Table:
     try:
         with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
             table = pq.read_table(file)
-    except (ValueError, pa.ArrowException) as error:
+    except (ValueError, OSError, pa.ArrowException) as error:
+        first_line = str(error).partition("\n")[0]
         raise ValueError(
-            f"{path} is damaged: {str(error).partition(chr(10))[0]}. Delete it and label again."
+            f"{path} cannot be read: {first_line}. If it is damaged, delete it and label again."
         ) from error
     if missing := [name for name in schema.names if name not in table.column_names]:
         raise ValueError(f"{path} has no column {missing[0]}: it was not written by maskbeam, or by another version.")
