@@ -21,7 +21,7 @@ from pipeline.identity import default_backend, model_fingerprint
 from pipeline.options import UsageError, parse_job
 from pipeline.run import EXIT_DONE, EXIT_FAILED
 from transforms.agreement import MATCH_IOU, Agreement, compare_masks
-from transforms.amg import AmgConfig, Sam, Submit, call_now, label_image
+from transforms.amg import CANDIDATE_SETTINGS, AmgConfig, Sam, Submit, call_now, label_image
 from transforms.images import ImageConfig, ImageError, decode_image
 from transforms.match import InputConfig, Matched, absolute, match_shards
 from transforms.read import ReadConfig, read_images, relative_path
@@ -177,8 +177,8 @@ def main(argv: list[str]) -> int:
 
 
 def parse_certify(argv: list[str]) -> CertifyJob:
-    """Command line -> what to do. There are no chunks here, so no flag for their size."""
-    return parse_job("certify", CertifyJob, argv, _DESCRIPTION, without=("chunk_size",))
+    """Command line -> what to do. There are no chunks and no stored candidates here, so no flags for them."""
+    return parse_job("certify", CertifyJob, argv, _DESCRIPTION, without=("chunk_size", *CANDIDATE_SETTINGS))
 
 
 def run_certify(job: CertifyJob, load: LoadSam = load_model) -> int:

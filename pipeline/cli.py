@@ -10,6 +10,7 @@ import sys
 # Each is a module's main(argv); what it does is shown by --help.
 _COMMANDS = {
     "label": ("pipeline.label", "label images with SAM, from shards to Parquet"),
+    "refine": ("pipeline.refine", "choose the masks anew from stored candidates, without the model"),
     "certify": (
         "pipeline.certify",
         "compare the masks of a lower precision with those of float32 on a sample of the images",

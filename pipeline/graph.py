@@ -50,7 +50,8 @@ def build(
     chunks, finished = (
         root
         | "MatchShards" >> MatchShards(job.input, job.read)  # Shard; only paths are ever shuffled
-        | "ReadChunks" >> ReadChunks(job.read, job.input.chunk_size, run["root"], job.output)  # Chunk
+        | "ReadChunks"  # Chunk
+        >> ReadChunks(job.read, job.input.chunk_size, run["root"], job.output, job.amg.keep_candidates)
     )
     reports = (
         chunks

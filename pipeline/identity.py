@@ -23,6 +23,7 @@ from transforms.segment import native_stderr_silenced
 from transforms.summary import SUMMARY_FILE, read_json, write_json
 from transforms.write import (
     ANNOTATIONS_DIR,
+    CANDIDATES_DIR,
     IMAGES_DIR,
     RUN_FILE,
     TEMPORARY_DIR,
@@ -32,7 +33,8 @@ from transforms.write import (
     parse_chunk_name,
 )
 
-_OUR_DIRS = (ANNOTATIONS_DIR, IMAGES_DIR, TEMPORARY_DIR)
+_TABLE_DIRS = (ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR)
+_OUR_DIRS = (*_TABLE_DIRS, TEMPORARY_DIR)
 
 # What may differ between starts of one run: names for people, not what makes the rows.
 _NOT_IDENTITY = ("model", "versions", "coco")
@@ -61,13 +63,13 @@ def describe_run(job: Job, root: str) -> dict[str, Any]:
         "dtype": job.model.dtype,
         "backend": default_backend(),
         "amg": asdict(job.amg),
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": versions(),
     }
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what has a part in the rows."""
-    found = {}
+    """Of Python, this program, and the libraries that rows may depend on."""
+    found = {"python": platform.python_version()}
     for package in _VERSIONED:
         try:
             found[package] = importlib.metadata.version(package)
@@ -165,7 +167,7 @@ def _read_run(path: str) -> dict[str, Any]:
 
 def _delete_labels(output: str) -> None:
     """Deletes what a run of ours leaves in its output, and nothing else."""
-    for directory in (ANNOTATIONS_DIR, IMAGES_DIR):
+    for directory in _TABLE_DIRS:
         for file in list_tree(FileSystems.join(output, directory)):
             if parse_chunk_name(FileSystems.split(file)[1]):
                 delete_file(file)

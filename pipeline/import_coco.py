@@ -21,7 +21,7 @@ from transforms.match import InputConfig, absolute, shard_name
 from transforms.records import ChunkReport, LabeledChunk, Shard, SourceFile, Totals
 from transforms.schema import chunk_to_tables
 from transforms.summary import write_summary
-from transforms.write import chunk_name, commit_tables
+from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, chunk_name, commit_tables
 
 _CHUNK_SIZE = InputConfig.chunk_size
 
@@ -118,12 +118,13 @@ def run_import(config: ImportConfig) -> int:
                 shard, first // _CHUNK_SIZE, tuple(images[part]), first + _CHUNK_SIZE >= len(images), digest
             )
             report = ChunkReport(shard.name, chunk.index, chunk.final, digest, shard.source, chunk.totals())
-            tables = add_coco_columns(
+            annotations_table, images_table = add_coco_columns(
                 *chunk_to_tables(chunk, report, in_files),
                 [image for image, _ in grouped[part]],
                 [annotation for _, annotations in grouped[part] for annotation in annotations],
             )
-            commit_tables(*tables, config.output, chunk_name(shard.name, chunk.index))
+            tables = {ANNOTATIONS_DIR: annotations_table, IMAGES_DIR: images_table}
+            commit_tables(tables, chunk_name(shard.name, chunk.index), config.output)
             totals += report.totals
         write_summary(totals, config.output, run)
     except OSError as error:

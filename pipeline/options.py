@@ -36,6 +36,8 @@ _TITLES = {
     "export": "export",
     "imported": "import",
     "evaluation": "evaluation",
+    "refine": "labels",
+    "containment": "masks within masks",
 }
 
 # Beam's "DirectRunner" first tries to download another runner's binary; this one is in the package and runs in process.
@@ -89,7 +91,9 @@ def _job_parser(
     return parser
 
 
-def _add_flags(group: argparse._ArgumentGroup, config: Any, without: tuple[str, ...]) -> None:
+def _add_flags(
+    group: argparse._ArgumentGroup, config: Any, without: tuple[str, ...], show_defaults: bool = True
+) -> None:
     helps = field_helps(config)
     hints = typing.get_type_hints(config)
     for field in fields(config):
@@ -97,7 +101,7 @@ def _add_flags(group: argparse._ArgumentGroup, config: Any, without: tuple[str, 
             continue
         required = field.default is MISSING and field.default_factory is MISSING
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": required}
-        options["help"] = helps[field.name].replace("%", "%%") + _default_help(field)
+        options["help"] = helps[field.name].replace("%", "%%") + (_default_help(field) if show_defaults else "")
         kind, many = _flag_type(field.name, hints[field.name])
         if kind is bool:
             options["action"] = "store_true"
@@ -185,14 +189,44 @@ def parse_job(command: str, job: type[J], argv: list[str], description: str, wit
     return _build_job(job, vars(parsed))
 
 
+def parse_changes(
+    command: str, job: type[J], settings: dict[str, type], argv: list[str], description: str, without: tuple[str, ...]
+) -> tuple[J, dict[str, Any]]:
+    """As parse_job, for a subcommand that starts from the settings of an earlier run and changes some.
+
+    Args:
+      settings: title in --help -> config class. Their flags have no defaults here. A field that two classes share,
+        since one inherits from the other, is a flag under the first title only.
+      without: fields of these that are no flags here.
+
+    Returns:
+      the job, and the settings that were given.
+    """
+    parser = _job_parser(command, job, description)
+    for title, config in settings.items():
+        _add_flags(parser.add_argument_group(title), config, without, show_defaults=False)
+        without += tuple(field.name for field in fields(config))
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UsageError(_describe_unknown(unknown[0], parser.prog, parser))
+    values = vars(parsed)
+    changes = {name: value for config in settings.values() for name, value in _given(config, values).items()}
+    return _build_job(job, values), changes
+
+
+def _given(config: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of a config's fields that were given as flags."""
+    return {
+        field.name: tuple(values[field.name]) if isinstance(values[field.name], list) else values[field.name]
+        for field in fields(config)
+        if field.name in values
+    }
+
+
 def _build_job(job: type[J], values: dict[str, Any]) -> J:
     configs: dict[str, Any] = {}
     for name, config in typing.get_type_hints(job).items():
-        given = {
-            field.name: tuple(values[field.name]) if isinstance(values[field.name], list) else values[field.name]
-            for field in fields(config)
-            if field.name in values
-        }
+        given = _given(config, values)
         try:
             if config is AmgConfig:
                 if "point_grids" in given:

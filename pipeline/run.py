@@ -130,7 +130,7 @@ def _done_before(job: Job, matched: Matched) -> Totals:
     Raises:
       InputChanged: it is not what was labeled.
     """
-    committed = committed_chunks(job.output.output)
+    committed = committed_chunks(job.output.output, job.amg.keep_candidates)
     check_directories(committed, matched.shards)
     reports = [
         report

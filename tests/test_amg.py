@@ -138,7 +138,20 @@ def test_good_settings(settings: dict[str, Any]) -> None:
 
 def test_default_profile_has_the_defaults_of_the_reference() -> None:
     assert AmgConfig.for_profile("default") == AmgConfig()
-    assert AmgConfig() == AmgConfig(32, 64, 0.88, 0.95, 1.0, 0.7, 0, 0.7, 512 / 1500, 1, None, 0)
+    assert AmgConfig() == AmgConfig(
+        points_per_side=32,
+        points_per_batch=64,
+        pred_iou_thresh=0.88,
+        stability_score_thresh=0.95,
+        stability_score_offset=1.0,
+        box_nms_thresh=0.7,
+        crop_n_layers=0,
+        crop_nms_thresh=0.7,
+        crop_overlap_ratio=512 / 1500,
+        crop_n_points_downscale_factor=1,
+        point_grids=None,
+        min_mask_region_area=0,
+    )
 
 
 def test_sa1b_profile_has_the_prompts_of_the_paper() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from PIL import Image
 
 from tests.fakes import StoredSam
 from transforms.amg import AmgConfig, Sam, label_image
-from transforms.records import Mask
+from transforms.containment import ContainmentConfig
+from transforms.records import ChunkReport, EncodedImage, LabeledChunk, LabeledImage, Mask, Shard
+from transforms.refine import refine_chunk
 from transforms.rle import counts_to_mask
 from transforms.sam import load_sam
+from transforms.schema import chunk_to_candidates, chunk_to_tables
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
@@ -94,3 +98,52 @@ def test_each_filter_drops_what_the_reference_drops(name: str, sam: Sam) -> None
     actual = label_image(sam, read_pixels(case), AmgConfig(**case["settings"]))
     assert {name: count for name, count in vars(actual.dropped).items() if count} == case["dropped"]
     assert actual.num_candidates == case["num_candidates"] == len(actual.masks) + actual.dropped.total()
+
+
+# What each golden case is refined to, beside its own settings.
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"nms_by": "mask", "box_nms_thresh": 0.5},
+    {"min_mask_region_area": 40, "min_mask_area": 30, "max_masks": 20},
+]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refined_candidates_are_what_label_gives(name: str, sam: Sam) -> None:
+    """Labeled once at half the thresholds, refined to the case's own and to others."""
+    case = read_case(name)
+    config, pixels = AmgConfig(**case["settings"]), read_pixels(case)
+    bars = {f"candidate_{name}": getattr(config, name) / 2 for name in ("pred_iou_thresh", "stability_score_thresh")}
+    kept = label_image(sam, pixels, replace(config, keep_candidates=True, **bars))
+    image = LabeledImage(
+        EncodedImage("a.png", 0, None, None, b""),
+        0,
+        "",
+        (pixels.shape[0], pixels.shape[1]),
+        1,
+        kept.masks,
+        kept.num_candidates,
+        kept.dropped,
+        candidates=kept.candidates,
+    )
+    chunk = LabeledChunk(Shard("a", "/a", "image", ()), 0, (image,), True, "", keep_candidates=True)
+    report = ChunkReport("a", 0, True, "", "", chunk.totals())
+    images, candidates = chunk_to_tables(chunk, report, {})[1], chunk_to_candidates(chunk, report, {})
+    assert len(candidates) > len(kept.masks)
+    for changes in CHANGES:
+        wanted = replace(config, **changes)
+        (refined,) = refine_chunk(images, candidates, wanted, ContainmentConfig())
+        directly = label_image(sam, pixels, wanted) if changes else kept
+        # As text, since some stabilities are NaN.
+        assert repr([replace(mask, parent_id=None) for mask in refined.masks]) == repr(list(directly.masks))
+        assert (refined.num_candidates, refined.dropped) == (directly.num_candidates, directly.dropped)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_keeping_candidates_changes_no_mask(name: str, sam: Sam) -> None:
+    case = read_case(name)
+    config, pixels = AmgConfig(**case["settings"]), read_pixels(case)
+    kept = label_image(sam, pixels, replace(config, keep_candidates=True))
+    directly = label_image(sam, pixels, config)
+    assert repr(kept.masks) == repr(directly.masks)
+    assert (kept.num_candidates, kept.dropped) == (directly.num_candidates, directly.dropped)

@@ -94,6 +94,11 @@ def test_point_grids_go_on_though_json_has_no_tuples(tmp_path: Path) -> None:
         (["--pred_iou_thresh", "0.5"], "pred_iou_thresh was 0.88, now 0.5"),
         (["--nms_by", "mask"], "nms_by was box, now mask"),
         (["--profile", "sa1b"], "crop_n_layers was 0, now 2"),
+        (["--keep_candidates"], "keep_candidates was False, now True"),
+        (
+            ["--keep_candidates", "--candidate_pred_iou_thresh", "0.5"],
+            "candidate_pred_iou_thresh was None, now 0.5",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -141,13 +146,14 @@ def files(output: Path) -> set[str]:
 
 def test_overwrite_deletes_our_files_and_nothing_else(claimed: Path) -> None:
     fill(claimed, "images/mine.jpg", "annotations/merged.parquet", "_tmp/x", "masks.png", "notes/n.txt", "summary.json")
+    fill(claimed, "candidates/a.tar-00000.parquet")
     claim(claimed, describe("--chunk_size", "8"), overwrite=True)
     assert files(claimed) == {"run.json", "images/mine.jpg", "annotations/merged.parquet", "masks.png", "notes/n.txt"}
     assert json.loads((claimed / "run.json").read_text())["chunk_size"] == 8
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("folder", ["images", "annotations", "_tmp"])
+@pytest.mark.parametrize("folder", ["images", "annotations", "candidates", "_tmp"])
 def test_a_folder_that_we_did_not_make_is_never_touched(tmp_path: Path, folder: str, overwrite: bool) -> None:
     fill(tmp_path, f"{folder}/holiday.jpg")
     with pytest.raises(UsageError, match=f"already has a folder {folder}/ that no run of maskbeam made"):
@@ -181,7 +187,7 @@ def test_a_run_that_committed_nothing_may_start_with_other_settings(tmp_path: Pa
     assert json.loads((tmp_path / "run.json").read_text())["chunk_size"] == 8
 
 
-@pytest.mark.parametrize("folder", ["images", "annotations", "_tmp"])
+@pytest.mark.parametrize("folder", ["images", "annotations", "candidates", "_tmp"])
 def test_input_where_labels_go_is_refused(tmp_path: Path, folder: str) -> None:
     shard = Shard("a.tar", str(tmp_path / folder / "a.tar"), "tar", ())
     with pytest.raises(UsageError, match="lies in a folder of --output"):

@@ -16,7 +16,8 @@ from pipeline.export import parse_export
 from pipeline.import_coco import parse_import
 from pipeline.options import parse_label
 from pipeline.plan import parse_plan
-from transforms.schema import ANNOTATIONS, IMAGES
+from pipeline.refine import parse_refine
+from transforms.schema import ANNOTATIONS, CANDIDATES, IMAGES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,6 +28,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "export": parse_export,
     "import": parse_import,
     "evaluate": parse_evaluate,
+    "refine": parse_refine,
 }
 
 
@@ -36,7 +38,7 @@ def flags_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
     return set(re.findall(r"--\w+", capsys.readouterr().out))
 
 
-@pytest.mark.parametrize("field", [*ANNOTATIONS.names, *IMAGES.names])
+@pytest.mark.parametrize("field", [*ANNOTATIONS.names, *IMAGES.names, *CANDIDATES.names])
 def test_every_field_of_the_output_is_described(field: str) -> None:
     assert f"`{field}`" in README
 

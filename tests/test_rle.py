@@ -175,3 +175,37 @@ def test_polygons_are_filled_together() -> None:
 def test_polygons_without_three_corners_are_an_error(polygons: list[list[float]]) -> None:
     with pytest.raises(ValueError, match="three or more pairs"):
         rle.polygons_to_counts(polygons, (4, 4))
+
+
+@settings(deadline=None)
+@given(masks)
+@example(ZEROS)
+@example(ONES)
+@example(np.repeat([False, True, False], 40000).reshape(300, 400))  # run lengths of several characters
+def test_runs_survive_the_way_through_counts(mask: np.ndarray) -> None:
+    runs = mask_to_runs(mask)
+    actual = rle.counts_to_runs(coco_counts(mask), mask.shape)
+    np.testing.assert_array_equal(actual.starts, runs.starts)
+    np.testing.assert_array_equal(actual.ends, runs.ends)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=30), st.integers(1, 3))
+def test_differences_of_run_lengths_have_either_sign(lengths: list[int], times: int) -> None:
+    """Runs of length 0 are legal in counts of other tools; ours merges them away."""
+    counts = [*lengths * times, 1]
+    size_hw = (sum(counts), 1)
+    text = coco_mask.frPyObjects({"size": list(size_hw), "counts": counts}, *size_hw)["counts"].decode()
+    runs = rle.counts_to_runs(text, size_hw)
+    expected = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    actual = np.zeros(size_hw[0], bool)
+    for start, end in zip(runs.starts, runs.ends, strict=True):
+        actual[start:end] = True
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_share_within_is_of_the_first() -> None:
+    small, large = coco_counts(np.eye(4, dtype=bool)), coco_counts(np.tri(4, dtype=bool))
+    assert rle.share_within(small, [large, small], (4, 4)).tolist() == [1.0, 1.0]
+    assert rle.share_within(large, [small], (4, 4)).tolist() == [0.4]  # 4 of 10 pixels
+    assert rle.share_within(large, [], (4, 4)).tolist() == []

@@ -30,12 +30,14 @@ from transforms.records import (
 )
 from transforms.schema import (
     ANNOTATIONS,
+    CANDIDATES,
     IMAGES,
     RUN_KEY,
     annotation_rows,
     chunk_to_tables,
     image_row,
     report_from_metadata,
+    row_to_image,
     row_to_mask,
 )
 from transforms.segment import ModelHealth, label_chunk
@@ -63,7 +65,7 @@ def labeled() -> LabeledChunk:
         return label_chunk(FakeSam(), chunk, ImageConfig(), config, threads, ModelHealth())
 
 
-@pytest.mark.parametrize("schema", [ANNOTATIONS, IMAGES], ids=["annotations", "images"])
+@pytest.mark.parametrize("schema", [ANNOTATIONS, IMAGES, CANDIDATES], ids=["annotations", "images", "candidates"])
 def test_every_field_has_a_description(schema: pa.Schema) -> None:
     assert [field.name for field in schema if not (field.metadata or {}).get(b"description")] == []
 
@@ -72,7 +74,9 @@ def test_every_reason_to_drop_a_mask_has_a_column() -> None:
     assert {f"dropped_{field.name}" for field in fields(Dropped)} <= set(IMAGES.names)
 
 
-@pytest.mark.parametrize("mask", [MASK, replace(MASK, counts="6", area=0, bbox_xywh=(0.0, 0.0, 0.0, 0.0))])
+@pytest.mark.parametrize(
+    "mask", [MASK, replace(MASK, parent_id=3), replace(MASK, counts="6", area=0, bbox_xywh=(0.0, 0.0, 0.0, 0.0))]
+)
 def test_a_mask_survives_the_way_to_a_row_and_back(mask: Mask) -> None:
     table = pa.Table.from_pylist(annotation_rows(replace(LABELED, masks=(mask,))), schema=ANNOTATIONS)
     (row,) = table.to_pylist()
@@ -124,6 +128,12 @@ def test_the_row_of_an_image_tells_what_became_of_it(image: LabeledImage, expect
     assert stored == row and set(row) == set(IMAGES.names)
     from_record = {"image_id": "s.tar#7", "row": 7, "key": "key", "file_name": "a.jpg", "shard": "/d/s.tar"}
     assert {name: row[name] for name in {**expected, **from_record}} == {**expected, **from_record}
+
+
+@pytest.mark.parametrize("image", [LABELED, FAILED], ids=["labeled", "failed"])
+def test_an_image_survives_the_way_to_a_row_and_back(image: LabeledImage) -> None:
+    (row,) = pa.Table.from_pylist([image_row(image, "/d/s.tar")], schema=IMAGES).to_pylist()
+    assert row_to_image(row) == replace(image, num_bytes=0, masks=(), seconds=Seconds())
 
 
 @pytest.mark.parametrize("totals", [Totals(), REPORT.totals, replace(REPORT.totals, failures=("a: read: b",))])

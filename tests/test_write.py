@@ -14,6 +14,7 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.testing import test_pipeline
 from apache_beam.testing.util import assert_that, equal_to
 
+from transforms.crops import CropBox
 from transforms.records import (
     Dropped,
     EncodedImage,
@@ -23,6 +24,7 @@ from transforms.records import (
     Mask,
     Shard,
     SourceFile,
+    StoredCandidate,
     Totals,
 )
 from transforms.resume import committed_chunks, read_report
@@ -78,6 +80,38 @@ def test_a_commit_is_two_files_one_row_a_mask_and_one_an_image(tmp_path: Path, i
     masks, rows = (pq.read_table(tmp_path / kind / name) for kind in ("annotations", "images"))
     assert rows["status"].to_pylist() == [image.status for image in images]
     assert masks["image_id"].to_pylist() == [image.source.image_id for image in images for _ in image.masks]
+
+
+def test_candidates_are_a_third_file_and_the_images_file_stays_the_commit_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unstable = StoredCandidate(CropBox((0, 0, 2, 2), 0), (1.5, 0.5), 0.5, 0.25, (1, 0, 1, 1), None, None)
+    candidate = replace(unstable, stability_score=0.75, counts=MASK.counts, area=MASK.area)
+    image = replace(labeled(0), candidates=((candidate, unstable), (candidate,)))
+    chunk = replace(chunk_of(image, failed(1)), keep_candidates=True)
+    renamed: list[str] = []
+    rename = FileSystems.rename
+
+    def note(sources: list[str], destinations: list[str]) -> None:
+        renamed.extend(Path(path).parent.name for path in destinations)
+        rename(sources, destinations)
+
+    monkeypatch.setattr(FileSystems, "rename", note)
+    commit_chunk(chunk, str(tmp_path), RUN)
+    assert sorted(renamed) == ["annotations", "candidates", "images"] and renamed[-1] == "images"
+    rows = pq.read_table(tmp_path / "candidates" / "a%2Fs.tar-00000.parquet").to_pylist()
+    assert [(row["crop_index"], row["area"]) for row in rows] == [(0, 2), (0, None), (1, 2)]
+    assert rows[0]["segmentation"] == {"size": [2, 2], "counts": "22"} and rows[1]["segmentation"] is None
+    assert rows[0]["box_xyxy"] == [1, 0, 1, 1] and rows[0]["point_coords"] == [[1.5, 0.5]]
+
+
+def test_no_candidates_are_a_file_too(tmp_path: Path) -> None:
+    commit_chunk(replace(chunk_of(failed(0)), keep_candidates=True), str(tmp_path), RUN)
+    assert pq.read_table(tmp_path / "candidates" / "a%2Fs.tar-00000.parquet").num_rows == 0
+    assert committed_chunks(str(tmp_path), keep_candidates=True) == {SHARD.name: [0]}
+    (tmp_path / "candidates" / "a%2Fs.tar-00000.parquet").unlink()
+    assert committed_chunks(str(tmp_path), keep_candidates=True) == {}
+    assert committed_chunks(str(tmp_path)) == {SHARD.name: [0]}
 
 
 def test_files_are_zstd_and_tell_which_run_made_them(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ The algorithm of SamAutomaticMaskGenerator (facebookresearch/segment-anything, a
 dca509f), with the same masks in the same order. What differs is only when things are computed: the predicted IoU is
 filtered before any mask is upsampled, and masks become RLE after NMS instead of before.
 
-Read top down: label_image > propose_masks (on the device) > select_masks (on the host).
+Read top down: label_image > propose_masks (on the device) > select_masks (on the host; the steps are in select.py).
 """
 
 from __future__ import annotations
@@ -19,13 +19,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from transforms import boxes, rle
+from transforms import rle
 from transforms.crops import CropBox, generate_crop_boxes
 from transforms.frame import Upsampling, resized_hw, to_frame, to_frame_points
 from transforms.masks import Measured, mask_to_runs, measure_mask
 from transforms.prompts import build_layer_point_grids
-from transforms.records import Dropped, Mask, Seconds
-from transforms.regions import remove_small_regions
+from transforms.records import Dropped, Mask, Seconds, StoredCandidate
+from transforms.select import (
+    Candidates,
+    Encoded,
+    SelectionConfig,
+    check_range,
+    keep_best,
+    merge_crops,
+    select_in_crop,
+)
 
 MASKS_PER_POINT = 3  # SAM's multimask output: whole, part, subpart
 
@@ -46,54 +54,48 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
+# Fields of AmgConfig that say what is stored, not what the masks are.
+CANDIDATE_SETTINGS = ("keep_candidates", "candidate_pred_iou_thresh", "candidate_stability_score_thresh")
+
+# Candidates are kept down to this part of the run's own thresholds, unless told otherwise.
+_BAR = 0.8
+
+
 @dataclass(frozen=True)
-class AmgConfig:
+class AmgConfig(SelectionConfig):
     """Parameters of automatic mask generation: the reference's, by its names and defaults, then ours.
 
     Attributes:
       points_per_side: grid points along one side of the image. None if point_grids is given.
       points_per_batch: prompts decoded at once; a memory knob that results do not depend on.
-      pred_iou_thresh: keep masks whose predicted IoU is greater. 0 switches the filter off.
-      stability_score_thresh: keep masks at least this stable. 0 switches the filter off.
       stability_score_offset: shift of the threshold, each way, in logits, for the stability score.
-      box_nms_thresh: of two masks of a crop with a higher IoU than this, the one with the lower predicted IoU goes.
       crop_n_layers: layers of crops beside the full image: 1 costs 5 passes through the image encoder, 2 cost 21.
-      crop_nms_thresh: likewise between crops, where the mask of the smaller crop stays.
       crop_overlap_ratio: overlap of neighbouring crops as a fraction of the image's short side.
       crop_n_points_downscale_factor: layer i has points_per_side / factor**i points a side.
       point_grids: grids of (x, y) in [0, 1] instead of points_per_side, one a layer.
-      min_mask_region_area: holes and islands inside masks below this many pixels are removed. 0 switches it off.
       mask_threshold: logit above which a pixel belongs to the mask.
-      nms_by: "box" as the reference does, or "mask": IoU of the masks themselves. Slower, but a thin diagonal object
-        survives beside what fills its box.
-      min_mask_area: drop masks of fewer pixels.
-      max_mask_area: drop masks of more pixels; None = no limit.
-      min_mask_area_fraction: drop masks that cover less than this fraction of the image.
-      max_mask_area_fraction: drop masks that cover this fraction or more; 1 switches it off.
-      max_masks: keep at most this many masks an image, those with the highest predicted IoU; None = all.
+      keep_candidates: store the masks as they are before duplicates are removed, too, so that `maskbeam refine` can
+        decide again without the model.
+      candidate_pred_iou_thresh: bar of the stored candidates: their predicted IoU is greater. At most pred_iou_thresh;
+        None = 0.8 times that.
+      candidate_stability_score_thresh: likewise: they are at least this stable. At most stability_score_thresh; None =
+        0.8 times that.
     """
 
     points_per_side: int | None = 32
     points_per_batch: int = 64
-    pred_iou_thresh: float = 0.88
-    stability_score_thresh: float = 0.95
     stability_score_offset: float = 1.0
-    box_nms_thresh: float = 0.7
     crop_n_layers: int = 0
-    crop_nms_thresh: float = 0.7
     crop_overlap_ratio: float = 512 / 1500
     crop_n_points_downscale_factor: int = 1
     point_grids: tuple[tuple[tuple[float, float], ...], ...] | None = None
-    min_mask_region_area: int = 0
     mask_threshold: float = 0.0
-    nms_by: str = "box"
-    min_mask_area: int = 0
-    max_mask_area: int | None = None
-    min_mask_area_fraction: float = 0.0
-    max_mask_area_fraction: float = 1.0
-    max_masks: int | None = None
+    keep_candidates: bool = False
+    candidate_pred_iou_thresh: float | None = None
+    candidate_stability_score_thresh: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.points_per_side is None) == (self.point_grids is None):
             raise ValueError("exactly one of points_per_side and point_grids must be given")
         if self.point_grids is not None and len(self.point_grids) != self.crop_n_layers + 1:
@@ -101,41 +103,50 @@ class AmgConfig:
                 f"point_grids must have one grid a layer: {self.crop_n_layers + 1} for "
                 f"crop_n_layers={self.crop_n_layers}, got {len(self.point_grids)}"
             )
-        for name in ("pred_iou_thresh", "stability_score_thresh"):
-            if not getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be a fraction of at most 1, got {getattr(self, name)}")
         if not math.isfinite(self.mask_threshold):
             raise ValueError(f"mask_threshold must be a finite logit, got {self.mask_threshold}")
-        for name, low, high in (
-            ("points_per_side", 1, 1024),
-            ("points_per_batch", 1, 2**20),
-            ("crop_n_layers", 0, 6),
-            ("crop_n_points_downscale_factor", 1, 1024),
-            ("stability_score_offset", 0, None),
-            ("box_nms_thresh", 0, 1),
-            ("crop_nms_thresh", 0, 1),
-            ("crop_overlap_ratio", 0, 1),
-            ("min_mask_region_area", 0, None),
-            ("min_mask_area", 0, None),
-            ("max_mask_area", 0, None),
-            ("min_mask_area_fraction", 0, 1),
-            ("max_mask_area_fraction", 0, 1),
-            ("max_masks", 1, None),
-        ):
-            value = getattr(self, name)
-            if value is not None and not (value >= low and (high is None or value <= high)):
-                expected = f"at least {low}" if high is None else f"between {low} and {high}"
-                raise ValueError(f"{name} must be {expected}, got {value}")
-        for low_name, high_name in (
-            ("min_mask_area", "max_mask_area"),
-            ("min_mask_area_fraction", "max_mask_area_fraction"),
-        ):
-            smallest, largest = getattr(self, low_name), getattr(self, high_name)
-            if largest is not None and smallest > largest:
-                raise ValueError(f"{low_name} {smallest} is above {high_name} {largest}: no mask would be left")
-        if self.nms_by not in ("box", "mask"):
-            raise ValueError(f'nms_by must be "box" or "mask", got "{self.nms_by}"')
+        check_range(self, "points_per_side", 1, 1024)
+        check_range(self, "points_per_batch", 1, 2**20)
+        check_range(self, "crop_n_layers", 0, 6)
+        check_range(self, "crop_n_points_downscale_factor", 1, 1024)
+        check_range(self, "stability_score_offset", 0)
+        check_range(self, "crop_overlap_ratio", 0, 1)
+        for name in ("pred_iou_thresh", "stability_score_thresh"):
+            threshold, bar = getattr(self, name), getattr(self, f"candidate_{name}")
+            if bar is not None and not self.keep_candidates:
+                raise ValueError(f"candidate_{name} says which candidates keep_candidates stores: give that, too")
+            if bar is not None and not bar <= max(threshold, 0):
+                raise ValueError(
+                    f"candidate_{name} is {bar}, above {name} {threshold}: the masks themselves would not be among the "
+                    "candidates. Lower it, or leave it out."
+                )
         layer_point_grids(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AmgConfig:
+        """Inverse of asdict, after a way through JSON, which knows no tuples."""
+        grids = values["point_grids"]
+        if grids is not None:
+            grids = tuple(tuple((x, y) for x, y in grid) for grid in grids)
+        return cls(**{**values, "point_grids": grids})
+
+    @property
+    def bar(self) -> AmgConfig:
+        """The parameters to propose candidates with: where they are kept, their bar is in place of the thresholds."""
+        if not self.keep_candidates:
+            return self
+        predicted_iou, stability = self.candidate_pred_iou_thresh, self.candidate_stability_score_thresh
+        return replace(
+            self.without_candidates(),
+            pred_iou_thresh=round(_BAR * self.pred_iou_thresh, 6) if predicted_iou is None else predicted_iou,
+            stability_score_thresh=round(_BAR * self.stability_score_thresh, 6) if stability is None else stability,
+        )
+
+    def without_candidates(self) -> AmgConfig:
+        """The same parameters, and nothing but masks is stored."""
+        return replace(
+            self, keep_candidates=False, candidate_pred_iou_thresh=None, candidate_stability_score_thresh=None
+        )
 
     @classmethod
     def for_profile(cls, profile: str, **overrides: Any) -> AmgConfig:
@@ -231,33 +242,25 @@ class Proposals:
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    """A mask that survived its crop."""
-
-    mask: Mask
-    runs: rle.Runs
-    box_xyxy: np.ndarray  # inclusive pixel indices of the image, as the reference has it
-    crop: CropBox
-
-
-@dataclass(frozen=True)
 class SelectedInCrop:
     """What is left of one crop, best predicted IoU first."""
 
-    masks: list[_Encoded]
+    masks: list[Encoded]
     num_candidates: int
     dropped: Dropped
     seconds: Seconds
+    candidates: tuple[StoredCandidate, ...]  # none without keep_candidates
 
 
 @dataclass(frozen=True)
 class ImageMasks:
-    """The masks of one image, in the reference's order."""
+    """The masks of one image, in the reference's order; with keep_candidates its candidates, a tuple a crop."""
 
     masks: tuple[Mask, ...]
     num_candidates: int
     dropped: Dropped
     seconds: Seconds
+    candidates: tuple[tuple[StoredCandidate, ...], ...] = ()
 
 
 Submit = Callable[..., "Future[Any]"]
@@ -307,7 +310,7 @@ def propose_image(
     start = time.perf_counter()
     for crop in crops:
         context = sam.embed(crop.frame, crop.resized_hw)
-        proposals = propose_masks(sam, context, crop.box, config, submit)
+        proposals = propose_masks(sam, context, crop.box, config.bar, submit)
         # It waits for batches that were submitted before it, so a pool of any size gets through.
         selected.append(submit(_select_in_crop, proposals, size_hw, config))
     return selected, Seconds(embed=time.perf_counter() - start)
@@ -391,76 +394,49 @@ def select_masks(
     """
     crops = [future.result() for future in selected]
     start = time.perf_counter()
-    masks = [mask for crop in crops for mask in crop.masks]
-    dropped = sum((crop.dropped for crop in crops), Dropped())
-
-    # Remove duplicates between crops; masks from smaller crops are preferred
-    if len(crops) > 1:
-        areas = np.array([mask.crop.size_hw[0] * mask.crop.size_hw[1] for mask in masks], np.float32)
-        keep = _nms(masks, np.float32(1) / areas, config.crop_nms_thresh, config.nms_by)
-        dropped += Dropped(crop_nms=len(masks) - len(keep))
-        masks = [masks[i] for i in keep]
-
-    # Clean masks of small regions; the new duplicates go, edited ones first
-    if config.min_mask_region_area > 0:
-        cleaned = [_clean(mask, config) for mask in masks]
-        untouched = np.array([not changed for _, changed in cleaned], np.float32)
-        masks = [mask for mask, _ in cleaned]
-        keep = _nms(masks, untouched, max(config.box_nms_thresh, config.crop_nms_thresh), config.nms_by)
-        dropped += Dropped(small_region=len(masks) - len(keep))
-        masks = [masks[i] for i in keep]
-
-    # Beyond the reference: limits on the area and on the number of masks
-    sized = [mask for mask in masks if _keep_area(mask.mask.area, size_hw, config)]
-    dropped += Dropped(area=len(masks) - len(sized))
-    masks = sized
-    if config.max_masks is not None and len(masks) > config.max_masks:
-        best = np.argsort([-mask.mask.predicted_iou for mask in masks], kind="stable")[: config.max_masks]
-        dropped += Dropped(max_masks=len(masks) - config.max_masks)
-        masks = [masks[i] for i in np.sort(best)]
-
+    masks, dropped_between = merge_crops([crop.masks for crop in crops], size_hw, config)
+    masks, dropped_beyond = keep_best(masks, config.max_masks)
     seconds = sum((crop.seconds for crop in crops), seconds)
     return ImageMasks(
-        tuple(mask.mask for mask in masks),
+        tuple(masks),
         num_candidates=sum(crop.num_candidates for crop in crops),
-        dropped=dropped,
+        dropped=sum((crop.dropped for crop in crops), dropped_between + dropped_beyond),
         seconds=seconds + Seconds(postprocess=time.perf_counter() - start),
+        candidates=tuple(crop.candidates for crop in crops),
     )
 
 
 def _select_in_crop(proposals: Proposals, size_hw: tuple[int, int], config: AmgConfig) -> SelectedInCrop:
-    """The candidates of one crop that are stable, whole and no duplicates, best predicted IoU first."""
+    """Selects in one crop, as soon as its candidates are measured."""
     batches = [batch.result() for batch in proposals.batches]
     start = time.perf_counter()
     proposed = [candidate for batch in batches for candidate in batch.candidates]
+    crop = proposals.crop
 
-    # Filter by stability (the measurement has let go of the logits of the others)
-    stable = [candidate for candidate in proposed if candidate.logits.size]
+    def encode_now(index: int) -> Encoded:
+        return _encode(proposed[index], proposals, size_hw, config)
 
-    # Filter boxes that touch inner crop edges
-    boxes_xyxy = np.array([candidate.measured.box_xyxy for candidate in stable], np.int64).reshape(-1, 4)
-    whole = np.flatnonzero(boxes.keep_off_crop_edge(boxes_xyxy, proposals.crop.xyxy, size_hw))
-
-    # Remove duplicates within the crop
-    scores = np.array([stable[i].predicted_iou for i in whole], np.float32)
-    if config.nms_by == "box":
-        keep = boxes.nms(boxes_xyxy[whole], scores, config.box_nms_thresh)
-        masks = [_encode(stable[i], proposals, size_hw, config) for i in whole[keep]]
-    else:
-        encoded = [_encode(stable[i], proposals, size_hw, config) for i in whole]
-        keep = _nms(encoded, scores, config.box_nms_thresh, config.nms_by)
-        masks = [encoded[i] for i in keep]
-    dropped = Dropped(
-        predicted_iou=sum(batch.dropped_predicted_iou for batch in batches),
-        stability=len(proposed) - len(stable),
-        crop_edge=len(stable) - len(whole),
-        box_nms=len(whole) - len(keep),
+    encode: Callable[[int], Encoded] = encode_now
+    stored: tuple[StoredCandidate, ...] = ()
+    if config.keep_candidates:
+        # Each is encoded now, and once; the measurement has let go of the logits of unstable ones.
+        encoded = {i: encode_now(i) for i, candidate in enumerate(proposed) if candidate.logits.size}
+        stored = tuple(_store(candidate, crop, encoded.get(i)) for i, candidate in enumerate(proposed))
+        encode = encoded.__getitem__
+    candidates = Candidates(
+        crop,
+        predicted_iou=np.array([candidate.predicted_iou for candidate in proposed], np.float32),
+        stability_score=np.array([candidate.measured.stability_score for candidate in proposed], np.float32),
+        boxes_xyxy=np.array([candidate.measured.box_xyxy for candidate in proposed], np.int64).reshape(-1, 4),
+        encode=encode,
     )
+    masks, dropped = select_in_crop(candidates, size_hw, config)
+    dropped += Dropped(predicted_iou=sum(batch.dropped_predicted_iou for batch in batches))
     seconds = sum((batch.seconds for batch in batches), Seconds(postprocess=time.perf_counter() - start))
-    return SelectedInCrop(masks, proposals.num_candidates, dropped, seconds)
+    return SelectedInCrop(masks, proposals.num_candidates, dropped, seconds, stored)
 
 
-def _encode(candidate: Candidate, proposals: Proposals, size_hw: tuple[int, int], config: AmgConfig) -> _Encoded:
+def _encode(candidate: Candidate, proposals: Proposals, size_hw: tuple[int, int], config: AmgConfig) -> Encoded:
     """Upsamples a candidate to RLE and moves it from the crop to the image."""
     crop = proposals.crop
     x0, y0 = crop.xyxy[:2]
@@ -477,42 +453,18 @@ def _encode(candidate: Candidate, proposals: Proposals, size_hw: tuple[int, int]
         point_xy=(candidate.point_xy[0] + x0, candidate.point_xy[1] + y0),
         crop_box_xywh=crop.xywh,
     )
-    return _Encoded(mask, runs, np.array(candidate.measured.box_xyxy) + [x0, y0, x0, y0], crop)
+    return Encoded(mask, np.array(candidate.measured.box_xyxy) + [x0, y0, x0, y0], crop)
 
 
-def _nms(masks: list[_Encoded], scores: np.ndarray, iou_threshold: float, nms_by: str) -> np.ndarray:
-    """NMS of encoded masks by the IoU of their boxes or of the masks themselves."""
-    if not masks:
-        return np.zeros(0, np.int64)
-    if nms_by == "box":
-        return boxes.nms(np.stack([mask.box_xyxy for mask in masks]), scores, iou_threshold)
-    counts, size_hw = [mask.mask.counts for mask in masks], masks[0].mask.size_hw
-    return boxes.greedy_nms(
-        scores, lambda one, rest: rle.iou(counts[one], [counts[i] for i in rest], size_hw), iou_threshold
-    )
-
-
-def _clean(encoded: _Encoded, config: AmgConfig) -> tuple[_Encoded, bool]:
-    """Removes small holes and islands; predicted IoU and stability stay those of the uncleaned mask."""
-    runs, changed = remove_small_regions(encoded.runs, config.min_mask_region_area)
-    if not changed:
-        # The reference takes every mask's box anew here, so that a mask's box is that of its pixels.
-        return encoded, False
-    counts = rle.runs_to_counts(runs)
-    area, bbox_xywh = rle.area_and_bbox_xywh(counts, runs.size_hw)
-    x, y, w, h = bbox_xywh
-    box_xyxy = np.array([x, y, x + w - 1, y + h - 1]) if area else np.zeros(4)
-    return _Encoded(
-        replace(encoded.mask, counts=counts, area=area, bbox_xywh=bbox_xywh), runs, box_xyxy, encoded.crop
-    ), True
-
-
-def _keep_area(area: int, size_hw: tuple[int, int], config: AmgConfig) -> bool:
-    """Whether a mask's area is within the limits."""
-    pixels = size_hw[0] * size_hw[1]
-    return (
-        area >= config.min_mask_area
-        and (config.max_mask_area is None or area <= config.max_mask_area)
-        and area >= config.min_mask_area_fraction * pixels
-        and (config.max_mask_area_fraction >= 1 or area < config.max_mask_area_fraction * pixels)
+def _store(candidate: Candidate, crop: CropBox, encoded: Encoded | None) -> StoredCandidate:
+    """What is kept of a candidate when its logits are let go."""
+    x0, y0 = crop.xyxy[:2]
+    return StoredCandidate(
+        crop=crop,
+        point_xy=(candidate.point_xy[0] + x0, candidate.point_xy[1] + y0),
+        predicted_iou=float(candidate.predicted_iou),
+        stability_score=float(candidate.measured.stability_score),
+        box_xyxy=candidate.measured.box_xyxy,
+        counts=encoded.mask.counts if encoded else None,
+        area=encoded.mask.area if encoded else None,
     )

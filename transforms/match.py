@@ -155,7 +155,7 @@ def check_output(config: InputConfig, output: str) -> None:
 
 def _reads_from(pattern: str, output: str) -> bool:
     """True if the tables in output would match the pattern, taken as a directory or, if it may be one, as a glob."""
-    tables = [_join(output, "annotations/x.parquet"), _join(output, "images/x.parquet")]
+    tables = [_join(output, f"{directory}/x.parquet") for directory in ("annotations", "candidates", "images")]
     if any(table.startswith(_join(pattern, "")) for table in tables):
         return True
     literal = _is_local(pattern) and os.path.exists(pattern)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from transforms.crops import CropBox
+
 # Formats a shard can have. "image" is a directory's loose image files; the others are one file each.
 FORMATS = ("tfrecord", "tar", "parquet", "image")
 
@@ -116,6 +118,7 @@ class Dropped:
     crop_nms: int = 0
     small_region: int = 0
     area: int = 0
+    containment: int = 0
     max_masks: int = 0
 
     def __add__(self, other: Dropped) -> Dropped:
@@ -138,6 +141,8 @@ class Mask:
       stability_score: IoU of the mask cut at a higher and at a lower logit, [0, 1]; NaN where both are empty.
       point_xy: the prompt that made it, in pixels of the image.
       crop_box_xywh: the crop it was made in, pixels of the image.
+      parent_id: mask_index of the smallest mask of the image that contains it; None if there is none, or if nobody
+        looked (`label` does not).
     """
 
     size_hw: tuple[int, int]
@@ -148,6 +153,28 @@ class Mask:
     stability_score: float
     point_xy: tuple[float, float]
     crop_box_xywh: tuple[float, float, float, float]
+    parent_id: int | None = None
+
+
+@dataclass(frozen=True)
+class StoredCandidate:
+    """A candidate before any choice was made: what selection needs to know of it, so that it can be done again.
+
+    Attributes:
+      crop: where it was made.
+      point_xy: the prompt that made it, in pixels of the image.
+      predicted_iou, stability_score: as in Mask.
+      box_xyxy: inclusive pixel indices in the crop, as the reference has it; 0, 0, 0, 0 for an empty mask.
+      counts, area: as in Mask; None if it was below the bar of the stability, so that it was not encoded.
+    """
+
+    crop: CropBox
+    point_xy: tuple[float, float]
+    predicted_iou: float
+    stability_score: float
+    box_xyxy: tuple[int, int, int, int]
+    counts: str | None
+    area: int | None
 
 
 @dataclass(frozen=True)
@@ -181,6 +208,7 @@ class LabeledImage:
       size_hw: (H, W) in pixels after orientation; None where decoding failed.
       exif_orientation: 1..8 as stored in the file, 1 where it says nothing.
       num_candidates: prompts x 3; equals len(masks) + dropped.total().
+      candidates: with keep_candidates those above the bar, a tuple a crop, as the model proposed them.
     """
 
     source: EncodedImage
@@ -193,6 +221,7 @@ class LabeledImage:
     dropped: Dropped = Dropped()
     failure: Failure | None = None
     seconds: Seconds = Seconds()
+    candidates: tuple[tuple[StoredCandidate, ...], ...] = ()
 
     @property
     def status(self) -> str:
@@ -203,13 +232,18 @@ class LabeledImage:
 
 @dataclass(frozen=True)
 class LabeledChunk:
-    """A chunk's images with their masks. Same meaning of the fields as in Chunk."""
+    """A chunk's images with their masks. Same meaning of the fields as in Chunk.
+
+    Attributes:
+      keep_candidates: whether the images' candidates are stored.
+    """
 
     shard: Shard
     index: int
     images: tuple[LabeledImage, ...]
     final: bool
     digest: str
+    keep_candidates: bool = False
 
     def totals(self) -> Totals:
         """Sums over the chunk's images."""

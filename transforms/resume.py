@@ -12,7 +12,15 @@ from apache_beam.io.filesystems import FileSystems
 from transforms.read import ReadConfig, chunk_digest, read_chunks
 from transforms.records import Chunk, ChunkReport, Shard
 from transforms.schema import report_from_metadata
-from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, OutputConfig, chunk_name, escape_glob, parse_chunk_name
+from transforms.write import (
+    ANNOTATIONS_DIR,
+    CANDIDATES_DIR,
+    IMAGES_DIR,
+    OutputConfig,
+    chunk_name,
+    escape_glob,
+    parse_chunk_name,
+)
 
 FINISHED = "finished"
 
@@ -21,10 +29,18 @@ class InputChanged(RuntimeError):
     """A shard is not what it was when some of its chunks were labeled."""
 
 
-def committed_chunks(output: str) -> dict[str, list[int]]:
-    """The indices of the committed chunks of each shard, ascending: those that have both their files."""
+def committed_chunks(output: str, keep_candidates: bool = False) -> dict[str, list[int]]:
+    """The indices of the committed chunks of each shard, ascending: those that have all their files.
+
+    Args:
+      output: directory of the labels.
+      keep_candidates: whether the candidates file is one of them.
+    """
     found: dict[str, list[int]] = {}
-    for name in sorted(_file_names(output, IMAGES_DIR) & _file_names(output, ANNOTATIONS_DIR)):
+    names = _file_names(output, IMAGES_DIR) & _file_names(output, ANNOTATIONS_DIR)
+    if keep_candidates:
+        names &= _file_names(output, CANDIDATES_DIR)
+    for name in sorted(names):
         if parsed := parse_chunk_name(name):  # people put other files there
             found.setdefault(parsed[0], []).append(parsed[1])
     return {shard: sorted(indices) for shard, indices in found.items()}
@@ -112,9 +128,11 @@ def read_unfinished(
 class ReadChunks(beam.PTransform):
     """PCollection[Shard] -> PCollection[Chunk] to do, PCollection[ChunkReport] of those that are done."""
 
-    def __init__(self, config: ReadConfig, chunk_size: int, root: str, output: OutputConfig) -> None:
+    def __init__(
+        self, config: ReadConfig, chunk_size: int, root: str, output: OutputConfig, keep_candidates: bool = False
+    ) -> None:
         super().__init__()
-        self._arguments = (config, chunk_size, root, output)
+        self._arguments = (config, chunk_size, root, output, keep_candidates)
 
     def expand(self, shards: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection]:
         outputs = shards | beam.ParDo(_ReadChunksFn(*self._arguments)).with_outputs(FINISHED, main="chunks")
@@ -124,14 +142,17 @@ class ReadChunks(beam.PTransform):
 class _ReadChunksFn(beam.DoFn):
     """Lists the committed chunks once a worker, instead of once a shard."""
 
-    def __init__(self, config: ReadConfig, chunk_size: int, root: str, output: OutputConfig) -> None:
+    def __init__(
+        self, config: ReadConfig, chunk_size: int, root: str, output: OutputConfig, keep_candidates: bool
+    ) -> None:
         self._config = config
         self._chunk_size = chunk_size
         self._root = root
         self._output = output
+        self._keep_candidates = keep_candidates
 
     def setup(self) -> None:
-        self._committed = committed_chunks(self._output.output)
+        self._committed = committed_chunks(self._output.output, self._keep_candidates)
 
     def process(self, shard: Shard) -> Iterator[Chunk | beam.pvalue.TaggedOutput]:
         committed = self._committed.get(shard.name, [])

@@ -77,6 +77,27 @@ def runs_to_counts(runs: Runs) -> str:
     return coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)["counts"].decode()
 
 
+def counts_to_runs(counts: str, size_hw: tuple[int, int]) -> Runs:
+    """Inverse of runs_to_counts, without the pixels.
+
+    Each character holds five bits of a number, lowest first, and says whether more follow; from the fourth on, the
+    numbers are differences from the last but one (cocodataset/cocoapi, common/maskApi.c, rleFrString).
+
+    >>> counts_to_runs("22", (2, 2))
+    Runs(size_hw=(2, 2), starts=array([2]), ends=array([4]))
+    """
+    characters = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero((characters & 32) == 0)  # of each number
+    first = np.r_[0, last[:-1] + 1][: len(last)]
+    place = np.arange(len(characters)) - np.repeat(first, last - first + 1)
+    lengths = np.add.reduceat((characters & 31) << (5 * place), first) if len(first) else first
+    lengths -= ((characters[last] >> 4) & 1) << (5 * (place[last] + 1))  # the sign
+    lengths[1::2] = np.cumsum(lengths[1::2])
+    lengths[2::2] = np.cumsum(lengths[2::2])
+    bounds = np.cumsum(lengths)
+    return join_runs([Runs(size_hw, bounds[:-1:2], bounds[1::2])], size_hw)
+
+
 def area_and_bbox_xywh(counts: str, size_hw: tuple[int, int]) -> tuple[int, tuple[float, float, float, float]]:
     """pycocotools' own area and box of an RLE. The box is COCO's: its sides are one more than the reference's."""
     rle = {"size": list(size_hw), "counts": counts}
@@ -107,6 +128,16 @@ def box_ious(some_xywh: np.ndarray, others_xywh: np.ndarray) -> np.ndarray:
         return np.zeros((len(some_xywh), len(others_xywh)))
     boxes = [np.ascontiguousarray(boxes_xywh, np.float64) for boxes_xywh in (some_xywh, others_xywh)]
     return coco_mask.iou(*boxes, [0] * len(others_xywh))
+
+
+def share_within(one: str, others: list[str], size_hw: tuple[int, int]) -> np.ndarray:
+    """Fraction of the pixels of one RLE that each of the others has, too: (N,) float64; 0 for an empty mask."""
+    if not others:
+        return np.zeros(0)  # pycocotools returns a list here
+    size = list(size_hw)
+    rest = [{"size": size, "counts": counts} for counts in others]
+    # A "crowd" in COCO's sense is a region of which any part will do: intersection / area of the first argument.
+    return coco_mask.iou([{"size": size, "counts": one}], rest, [1] * len(rest)).reshape(-1)
 
 
 def counts_to_mask(counts: str, size_hw: tuple[int, int]) -> np.ndarray:

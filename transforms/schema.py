@@ -6,10 +6,21 @@ import json
 from dataclasses import asdict, fields
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from transforms.rank import rank_masks
-from transforms.records import ChunkReport, Dropped, LabeledChunk, LabeledImage, Mask, Totals, printable
+from transforms.records import (
+    ChunkReport,
+    Dropped,
+    EncodedImage,
+    Failure,
+    LabeledChunk,
+    LabeledImage,
+    Mask,
+    Totals,
+    printable,
+)
 
 # Keys of the files' own metadata. REPORT_KEY holds the chunk's ChunkReport, RUN_KEY the content of run.json.
 REPORT_KEY = b"maskbeam.report"
@@ -27,18 +38,16 @@ def _list(kind: pa.DataType, size: int = -1) -> pa.ListType:
     return pa.list_(pa.field("item", kind, nullable=False), size)
 
 
+_RLE = pa.struct([pa.field("size", _list(pa.int32()), nullable=False), pa.field("counts", pa.string(), nullable=False)])
+
+
 ANNOTATIONS = pa.schema(
     [
         _field("image_id", pa.string(), "The image, as in the images table."),
         _field("mask_index", pa.int32(), "Position among the image's masks, in the reference generator's order."),
         _field(
             "segmentation",
-            pa.struct(
-                [
-                    pa.field("size", _list(pa.int32()), nullable=False),
-                    pa.field("counts", pa.string(), nullable=False),
-                ]
-            ),
+            _RLE,
             "COCO RLE: size is [height, width] in pixels, counts the compressed column-major run lengths. "
             "pycocotools.mask.decode takes it as it is.",
         ),
@@ -63,6 +72,38 @@ ANNOTATIONS = pa.schema(
             pa.int32(),
             "Order of the image's masks by predicted_iou times stability_score: 0 = highest; equal ones by mask_index.",
         ),
+        _field(
+            "parent_id",
+            pa.int32(),
+            "mask_index of the smallest mask of the image that contains this one; null if there is none, and always "
+            "from `maskbeam label`, which does not look: `maskbeam refine` does.",
+            nullable=True,
+        ),
+    ]
+)
+
+CANDIDATES = pa.schema(
+    [
+        _field("image_id", pa.string(), "The image, as in the images table."),
+        _field("crop_index", pa.int32(), "The crop it was made in: position among the image's crops, 0 = full image."),
+        _field("crop_layer", pa.int32(), "Layer of the crop; 0 = full image."),
+        _field("crop_box", _list(pa.float64()), "[x, y, width, height] of the crop, in pixels."),
+        _field("point_coords", _list(_list(pa.float64())), "[[x, y]] of the prompt that made it, in pixels."),
+        _field("predicted_iou", pa.float32(), "The model's own estimate; above the bar candidate_pred_iou_thresh."),
+        _field("stability_score", pa.float32(), "As in the annotations table."),
+        _field(
+            "box_xyxy",
+            _list(pa.int32(), 4),
+            "[x0, y0, x1, y1] in pixels of the crop, inclusive, as the reference has it: NMS goes by it. An empty mask "
+            "has 0, 0, 0, 0.",
+        ),
+        _field(
+            "segmentation",
+            _RLE,
+            "COCO RLE in the image; null where the stability is below the bar candidate_stability_score_thresh.",
+            nullable=True,
+        ),
+        _field("area", pa.int64(), "Pixels in the mask; null likewise.", nullable=True),
     ]
 )
 
@@ -74,6 +115,7 @@ _DROPPED = {
     "crop_nms": "Duplicates between crops.",
     "small_region": "Masks that became duplicates when small holes and islands were removed.",
     "area": "Masks outside the limits on the area.",
+    "containment": "Masks that containment rules removed; `maskbeam refine` has such rules, `maskbeam label` none.",
     "max_masks": "Masks beyond max_masks.",
 }
 
@@ -123,6 +165,7 @@ def annotation_rows(image: LabeledImage) -> list[dict[str, Any]]:
             "category_id": CATEGORY_OBJECT,
             "iscrowd": 0,
             "rank": rank,
+            "parent_id": mask.parent_id,
         }
         for index, (mask, rank) in enumerate(zip(masks, ranks, strict=True))
     ]
@@ -143,6 +186,7 @@ def row_to_mask(row: dict[str, Any]) -> Mask:
         stability_score=row["stability_score"],
         point_xy=(point_x, point_y),
         crop_box_xywh=(crop_x, crop_y, crop_w, crop_h),
+        parent_id=row.get("parent_id"),  # labels of earlier versions have no such column
     )
 
 
@@ -169,15 +213,62 @@ def image_row(image: LabeledImage, shard_path: str) -> dict[str, Any]:
     }
 
 
+def row_to_image(row: dict[str, Any]) -> LabeledImage:
+    """Inverse of image_row, but for what is not in it: the number of bytes, the masks, and where the time went."""
+    return LabeledImage(
+        source=EncodedImage(row["image_id"], row["row"], row["key"], row["file_name"], data=b""),
+        num_bytes=0,
+        sha256=row["sha256"] or "",
+        size_hw=None if row["width"] is None else (row["height"], row["width"]),
+        exif_orientation=row["exif_orientation"],
+        num_candidates=row["num_candidates"],
+        dropped=Dropped(**{f.name: row[f"dropped_{f.name}"] for f in fields(Dropped)}),
+        failure=Failure(row["error_stage"], row["error"]) if row["status"] == "failed" else None,
+    )
+
+
+def chunk_to_candidates(chunk: LabeledChunk, report: ChunkReport, run: dict[str, Any]) -> pa.Table:
+    """The candidates table of a chunk: images, their crops and the crops' candidates in the order they came in."""
+    found = [
+        (image, index, candidate)
+        for image in chunk.images
+        for index, crop in enumerate(image.candidates)
+        for candidate in crop
+    ]
+    candidates = [candidate for _, _, candidate in found]
+    # Column by column, since there are a hundred times as many rows as in the other tables.
+    columns: dict[str, Any] = {
+        "image_id": [image.source.image_id for image, _, _ in found],
+        "crop_index": [index for _, index, _ in found],
+        "crop_layer": [candidate.crop.layer for candidate in candidates],
+        "crop_box": [candidate.crop.xywh for candidate in candidates],
+        "point_coords": [[candidate.point_xy] for candidate in candidates],
+        "predicted_iou": np.array([candidate.predicted_iou for candidate in candidates], np.float32),
+        "stability_score": np.array([candidate.stability_score for candidate in candidates], np.float32),
+        "box_xyxy": [candidate.box_xyxy for candidate in candidates],
+        "segmentation": [
+            None if candidate.counts is None else {"size": image.size_hw, "counts": candidate.counts}
+            for image, _, candidate in found
+        ],
+        "area": [candidate.area for candidate in candidates],
+    }
+    arrays = [pa.array(columns[field.name], field.type) for field in CANDIDATES]
+    return pa.Table.from_arrays(arrays, schema=CANDIDATES.with_metadata(_metadata(report, run)))
+
+
 def chunk_to_tables(chunk: LabeledChunk, report: ChunkReport, run: dict[str, Any]) -> tuple[pa.Table, pa.Table]:
     """The annotations and images tables of a chunk, with the report and run.json's content in their metadata."""
-    metadata = {REPORT_KEY: json.dumps(asdict(report)), RUN_KEY: json.dumps(run, sort_keys=True)}
+    metadata = _metadata(report, run)
     annotations = [row for image in chunk.images for row in annotation_rows(image)]
     images = [image_row(image, chunk.shard.path) for image in chunk.images]
     return (
         pa.Table.from_pylist(annotations, schema=ANNOTATIONS.with_metadata(metadata)),
         pa.Table.from_pylist(images, schema=IMAGES.with_metadata(metadata)),
     )
+
+
+def _metadata(report: ChunkReport, run: dict[str, Any]) -> dict[bytes, str]:
+    return {REPORT_KEY: json.dumps(asdict(report)), RUN_KEY: json.dumps(run, sort_keys=True)}
 
 
 def report_from_metadata(metadata: dict[bytes, bytes] | None) -> ChunkReport:

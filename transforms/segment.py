@@ -255,6 +255,7 @@ def label_chunk(
                 num_candidates=result.num_candidates,
                 dropped=result.dropped,
                 seconds=decoded.labeled.seconds + result.seconds,
+                candidates=result.candidates,
             )
         )
 
@@ -275,7 +276,7 @@ def label_chunk(
     while behind:
         finish_oldest()
     health.check_chunk(last_error, generate)
-    return LabeledChunk(chunk.shard, chunk.index, tuple(labeled), chunk.final, chunk.digest)
+    return LabeledChunk(chunk.shard, chunk.index, tuple(labeled), chunk.final, chunk.digest, amg_config.keep_candidates)
 
 
 def _decode(image: EncodedImage, image_config: ImageConfig, amg_config: AmgConfig, frame_size: int) -> _Decoded:

@@ -1,7 +1,8 @@
 """WriteParquet: commits a chunk.
 
-A chunk is two files. Both are built in memory, written under _tmp, then renamed, annotations first: the images file is
-the commit mark, and a reader never sees half a chunk. A chunk done twice replaces its files with the same rows.
+A chunk is two files, or three with its candidates. They are built in memory, written under _tmp, then renamed, images
+last: the images file is the commit mark, and a reader never sees half a chunk. A chunk done twice replaces its files
+with the same rows.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
 from transforms.records import ChunkReport, LabeledChunk, Seconds, Totals
-from transforms.schema import chunk_to_tables
+from transforms.schema import chunk_to_candidates, chunk_to_tables
 
 RUN_FILE = "run.json"
 ANNOTATIONS_DIR = "annotations"
+CANDIDATES_DIR = "candidates"
 IMAGES_DIR = "images"
 TEMPORARY_DIR = "_tmp"
 
@@ -88,7 +90,7 @@ def parse_chunk_name(name: str) -> tuple[str, int] | None:
 
 
 def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> ChunkReport:
-    """Writes a chunk's two files and makes them visible, images last.
+    """Writes a chunk's files and makes them visible, images last.
 
     Args:
       output: directory of the labels.
@@ -98,27 +100,32 @@ def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> Chunk
     report = ChunkReport(
         chunk.shard.name, chunk.index, chunk.final, chunk.digest, chunk.shard.source, totals=chunk.totals()
     )
-    commit_tables(*chunk_to_tables(chunk, report, run), output, chunk_name(chunk.shard.name, chunk.index))
+    annotations, images = chunk_to_tables(chunk, report, run)
+    tables = {ANNOTATIONS_DIR: annotations, IMAGES_DIR: images}
+    if chunk.keep_candidates:
+        tables[CANDIDATES_DIR] = chunk_to_candidates(chunk, report, run)
+    commit_tables(tables, chunk_name(chunk.shard.name, chunk.index), output)
     seconds = report.totals.seconds + Seconds(write=time.perf_counter() - start)
     return replace(report, totals=replace(report.totals, seconds=seconds))
 
 
-def commit_tables(annotations: pa.Table, images: pa.Table, output: str, name: str) -> None:
-    """Writes the two tables of a chunk and makes them visible, images last.
+def commit_tables(tables: dict[str, pa.Table], name: str, output: str) -> None:
+    """Writes the tables of a chunk and makes them visible, images last.
 
     Args:
+      tables: by their directories, IMAGES_DIR among them.
+      name: of the files, from chunk_name.
       output: directory of the labels.
-      name: chunk_name of the chunk.
     """
     attempt = uuid.uuid4().hex
     staged = []
-    for directory, table in ((ANNOTATIONS_DIR, annotations), (IMAGES_DIR, images)):
+    for directory in sorted(tables, key=lambda directory: directory == IMAGES_DIR):
         temporary = FileSystems.join(output, TEMPORARY_DIR, f"{attempt}-{directory}-{name}")
-        _write_file(temporary, table)
+        _write_file(temporary, tables[directory])
         staged.append((temporary, FileSystems.join(output, directory, name)))
-    for directory in (ANNOTATIONS_DIR, IMAGES_DIR):
+    for directory in tables:
         _make_dirs(FileSystems.join(output, directory))
-    # A chunk that is done again is not committed while its annotations change.
+    # A chunk that is done again is not committed while its other files change.
     delete_file(FileSystems.join(output, IMAGES_DIR, name))
     for temporary, final in staged:
         FileSystems.rename([temporary], [final])
