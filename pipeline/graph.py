@@ -48,7 +48,7 @@ def build(
     chunks, finished = (
         root
         | "MatchShards" >> MatchShards(job.input, job.read)  # Shard; only paths are ever shuffled
-        | "ReadChunks" >> ReadChunks(job.read, job.input.chunk_size, run["root"], job.output)  # Chunk
+        | "ReadChunks" >> ReadChunks(job.read, job.input.chunk_size, run["root"], job.output, run.get("id"))  # Chunk
     )
     reports = (
         chunks

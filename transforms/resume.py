@@ -71,11 +71,14 @@ def read_report(output: str, shard: str, index: int) -> ChunkReport | None:
             return None
 
 
-def finished_reports(shard: Shard, root: str, committed: list[int], config: OutputConfig) -> list[ChunkReport]:
+def finished_reports(
+    shard: Shard, root: str, committed: list[int], config: OutputConfig, run_id: str | None = None
+) -> list[ChunkReport]:
     """The reports of the shard's chunks that need not be done again.
 
     Args:
       committed: indices of the shard's committed chunks.
+      run_id: of the run; a start of an earlier one may have committed a last chunk after the directory was taken.
 
     Raises:
       InputChanged: the shard changed since.
@@ -83,7 +86,7 @@ def finished_reports(shard: Shard, root: str, committed: list[int], config: Outp
     if shard.format == "image":  # such a Shard is one chunk of its directory
         committed = [index for index in committed if index == shard.first_chunk]
     found = [read_report(config.output, shard.name, index) for index in committed]
-    reports = [report for report in found if report is not None]
+    reports = [report for report in found if report is not None and report.run_id == run_id]
     for report in reports:
         if report.digest != chunk_digest(shard, root):
             change = f"it was {report.source}, now it is {shard.source}"
@@ -112,9 +115,11 @@ def read_unfinished(
 class ReadChunks(beam.PTransform):
     """PCollection[Shard] -> PCollection[Chunk] to do, PCollection[ChunkReport] of those that are done."""
 
-    def __init__(self, config: ReadConfig, chunk_size: int, root: str, output: OutputConfig) -> None:
+    def __init__(
+        self, config: ReadConfig, chunk_size: int, root: str, output: OutputConfig, run_id: str | None = None
+    ) -> None:
         super().__init__()
-        self._arguments = (config, chunk_size, root, output)
+        self._arguments = (config, chunk_size, root, output, run_id)
 
     def expand(self, shards: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection]:
         outputs = shards | beam.ParDo(_ReadChunksFn(*self._arguments)).with_outputs(FINISHED, main="chunks")
@@ -124,18 +129,21 @@ class ReadChunks(beam.PTransform):
 class _ReadChunksFn(beam.DoFn):
     """Lists the committed chunks once a worker, instead of once a shard."""
 
-    def __init__(self, config: ReadConfig, chunk_size: int, root: str, output: OutputConfig) -> None:
+    def __init__(
+        self, config: ReadConfig, chunk_size: int, root: str, output: OutputConfig, run_id: str | None
+    ) -> None:
         self._config = config
         self._chunk_size = chunk_size
         self._root = root
         self._output = output
+        self._run_id = run_id
 
     def setup(self) -> None:
         self._committed = committed_chunks(self._output.output)
 
     def process(self, shard: Shard) -> Iterator[Chunk | beam.pvalue.TaggedOutput]:
         committed = self._committed.get(shard.name, [])
-        reports = finished_reports(shard, self._root, committed, self._output)
+        reports = finished_reports(shard, self._root, committed, self._output, self._run_id)
         for report in reports:
             yield beam.pvalue.TaggedOutput(FINISHED, report)
         yield from read_unfinished(shard, self._config, self._chunk_size, self._root, reports)

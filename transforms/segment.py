@@ -25,6 +25,7 @@ import apache_beam as beam
 from apache_beam.utils.shared import Shared
 
 from transforms.amg import AmgConfig, Crop, ImageMasks, Sam, prepare_crops, propose_image, select_masks
+from transforms.cache import local_preset
 from transforms.images import ImageConfig, ImageError, decode_image
 from transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Seconds
 from transforms.threads import host_threads
@@ -68,7 +69,7 @@ def load_model(config: ModelConfig) -> Sam:
     with native_stderr_silenced():
         from transforms.sam import load_sam
 
-        return load_sam(config.model, config.dtype)
+        return load_sam(local_preset(config.model), config.dtype)
 
 
 @contextlib.contextmanager

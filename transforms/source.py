@@ -11,9 +11,10 @@ import time
 from typing import IO, Any
 
 import pyarrow as pa
-from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystem import BeamIOError, CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+import transforms.s3  # noqa: F401  # one client for all files
 from transforms.records import SourceFile
 
 # Waits between the tries of a file system, in seconds.
@@ -23,6 +24,10 @@ BUFFER_BYTES = 2**20
 
 def describe_error(error: Exception) -> str:
     """An error as a sentence for people; our own messages need no type before them."""
+    if isinstance(error, BeamIOError) and error.exception_details:  # the path, or a pair of paths, and the cause
+        ((where, cause), *_) = error.exception_details.items()
+        where = where if isinstance(where, str) else where[-1]
+        return f"{where}: {describe_error(cause)}"
     return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 

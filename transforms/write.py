@@ -2,12 +2,18 @@
 
 A chunk is two files. Both are built in memory, written under _tmp, then renamed, annotations first: the images file is
 the commit mark, and a reader never sees half a chunk. A chunk done twice replaces its files with the same rows.
+
+No more is asked of a file system than that a file appears as a whole. Local ones rename at once; object stores copy,
+then delete, and each copy appears as a whole. Nor may it matter who else is at work, since a runner may do a chunk
+twice at the same time by itself: temporary files have names of their own, a commit that lost them to another start's
+cleaning is done again, and a start commits nothing into a directory that another one has taken for another run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -26,7 +32,9 @@ from apache_beam.metrics import Metrics
 
 from transforms.records import ChunkReport, LabeledChunk, Seconds, Totals
 from transforms.schema import chunk_to_tables
+from transforms.source import RETRY_SECONDS, describe_error
 
+RUN_FILE = "run.json"
 ANNOTATIONS_DIR = "annotations"
 IMAGES_DIR = "images"
 TEMPORARY_DIR = "_tmp"
@@ -68,6 +76,10 @@ class TooManyFailures(RuntimeError):
     """More images failed than max_failed_fraction allows."""
 
 
+class RunReplaced(RuntimeError):
+    """The output directory belongs to another run by now."""
+
+
 def chunk_name(shard: str, index: int) -> str:
     """Name of a chunk's files, in either directory.
 
@@ -84,41 +96,109 @@ def parse_chunk_name(name: str) -> tuple[str, int] | None:
 
 
 def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> ChunkReport:
-    """Writes a chunk's two files and makes them visible, images last.
+    """Writes a chunk's two files and makes them visible, images last; what fails is tried three times.
 
     Args:
       output: directory of the labels.
       run: content of run.json; goes into the files' metadata.
+
+    Raises:
+      OSError: the last try failed, whatever the file system itself raised.
+      RunReplaced: the directory belongs to another run by now.
     """
     start = time.perf_counter()
     report = ChunkReport(
-        chunk.shard.name, chunk.index, chunk.final, chunk.digest, chunk.shard.source, totals=chunk.totals()
+        chunk.shard.name,
+        chunk.index,
+        chunk.final,
+        chunk.digest,
+        chunk.shard.source,
+        totals=chunk.totals(),
+        run_id=run.get("id"),
     )
+    annotations, images = chunk_to_tables(chunk, report, run)
     name = chunk_name(chunk.shard.name, chunk.index)
+    for seconds in (*RETRY_SECONDS, None):
+        try:
+            _commit_tables({ANNOTATIONS_DIR: annotations, IMAGES_DIR: images}, output, name, run)
+            break
+        except RunReplaced:
+            raise
+        except Exception as error:
+            if seconds is None:
+                raise OSError(
+                    f"cannot write the chunk {name} to {output}, tried {len(RETRY_SECONDS) + 1} times: "
+                    f"{describe_error(error)}"
+                ) from error
+            time.sleep(seconds)
+    seconds_spent = report.totals.seconds + Seconds(write=time.perf_counter() - start)
+    return replace(report, totals=replace(report.totals, seconds=seconds_spent))
+
+
+def _commit_tables(tables: dict[str, pa.Table], output: str, name: str, run: dict[str, Any]) -> None:
+    """One try. The tables come by their directories, in the order in which they become visible."""
     attempt = uuid.uuid4().hex
-    staged = []
-    for directory, table in zip((ANNOTATIONS_DIR, IMAGES_DIR), chunk_to_tables(chunk, report, run), strict=True):
-        temporary = FileSystems.join(output, TEMPORARY_DIR, f"{attempt}-{directory}-{name}")
-        _write_file(temporary, table)
-        staged.append((temporary, FileSystems.join(output, directory, name)))
-    for directory in (ANNOTATIONS_DIR, IMAGES_DIR):
-        _make_dirs(FileSystems.join(output, directory))
-    # A chunk that is done again is not committed while its annotations change.
-    delete_file(FileSystems.join(output, IMAGES_DIR, name))
-    for temporary, final in staged:
-        FileSystems.rename([temporary], [final])
-    seconds = report.totals.seconds + Seconds(write=time.perf_counter() - start)
-    return replace(report, totals=replace(report.totals, seconds=seconds))
+    temporaries = {
+        directory: FileSystems.join(output, TEMPORARY_DIR, f"{attempt}-{directory}-{name}") for directory in tables
+    }
+    try:
+        for directory, table in tables.items():
+            _write_file(temporaries[directory], table)
+            _make_dirs(FileSystems.join(output, directory))
+        check_run(output, run)
+        # A chunk that is done again is not committed while its annotations change.
+        delete_file(FileSystems.join(output, IMAGES_DIR, name))
+        for directory, temporary in temporaries.items():
+            FileSystems.rename([temporary], [FileSystems.join(output, directory, name)])
+    except Exception:
+        for temporary in temporaries.values():
+            with contextlib.suppress(Exception):  # it may never have been there
+                delete_file(temporary)
+        raise
+
+
+def check_run(output: str, run: dict[str, Any]) -> None:
+    """Checks that the output directory still belongs to this run.
+
+    Args:
+      output: directory of the labels.
+      run: content of run.json; without an id, nothing is checked.
+
+    Raises:
+      RunReplaced: it belongs to another one, or was deleted.
+    """
+    if "id" not in run:
+        return
+    path = FileSystems.join(output, RUN_FILE)
+    try:
+        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+            found = json.loads(file.read())
+    except Exception as error:
+        if FileSystems.exists(path):
+            raise
+        raise RunReplaced(
+            f"{path} is gone: somebody deleted or moved the output while labels were written to it."
+        ) from error
+    if found.get("id") != run["id"]:
+        raise RunReplaced(
+            f"{output} belongs to another run since: a later start has replaced {RUN_FILE}, with --overwrite or before "
+            "anything was labeled. This start commits nothing more. Choose another --output for one of the two."
+        )
 
 
 def delete_file(path: str) -> None:
     """Deletes a file, if it is there, on any file system."""
-    if not FileSystems.exists(path):
+    delete_files([path] if FileSystems.exists(path) else [])
+
+
+def delete_files(paths: list[str]) -> None:
+    """Deletes files of one file system that were there a moment ago."""
+    if paths and FileSystems.get_scheme(paths[0]) is not None:
+        FileSystems.delete(paths)
         return
-    if FileSystems.get_scheme(path) is None:
-        os.remove(path)  # Beam would take the name for a pattern
-    else:
-        FileSystems.delete([path])
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)  # Beam would take the name for a pattern
 
 
 def _write_file(path: str, table: pa.Table) -> None:
@@ -144,11 +224,10 @@ def list_tree(path: str) -> list[str]:
 def delete_tree(path: str) -> None:
     """Deletes everything below a directory, on any file system; nothing if there is nothing."""
     if FileSystems.get_scheme(path) is None:
-        if os.path.exists(path):  # Beam would take the names for patterns
-            shutil.rmtree(path)
+        # Beam would take the names for patterns. Another start may be adding to the directory: then it stays.
+        shutil.rmtree(path, ignore_errors=True)
         return
-    if files := list_tree(path):
-        FileSystems.delete(files)
+    delete_files(list_tree(path))
     if FileSystems.exists(path):  # where directories are more than a prefix
         FileSystems.delete([path])
 
