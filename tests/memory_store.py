@@ -13,7 +13,7 @@ from typing import Any
 
 from apache_beam.io.filesystem import BeamIOError, CompressionTypes, FileMetadata, FileSystem
 
-# Called with the request ("list", "head", "get", "put", "copy", "delete") and its path before it is done.
+# Called with a request ("list", "head", "get", "put", "copy", "delete") and its path, before it is done or after.
 OnRequest = Callable[[str, str], None]
 
 
@@ -27,6 +27,7 @@ class Store:
         self.objects: dict[str, tuple[bytes, float]] = {}
         self.requests: Counter[str] = Counter()
         self.on_request: OnRequest = lambda request, path: None
+        self.on_response: OnRequest = lambda request, path: None
         self.clock = 0.0
         self.lock = threading.Lock()
 
@@ -58,10 +59,13 @@ class _Upload(io.BytesIO):
         self._path = path
 
     def close(self) -> None:
-        if not self.closed:
-            STORE.request("put", self._path)
-            STORE.put(self._path, self.getvalue())
-        super().close()
+        if self.closed:
+            return
+        data = self.getvalue()
+        super().close()  # or the garbage collector would do this again
+        STORE.request("put", self._path)
+        STORE.put(self._path, data)
+        STORE.on_response("put", self._path)
 
 
 class MemoryStore(FileSystem):
@@ -124,6 +128,7 @@ class MemoryStore(FileSystem):
     def _copy(self, pair: tuple[str, str]) -> None:
         STORE.request("copy", pair[1])
         STORE.put(pair[1], STORE.get(pair[0])[0])
+        STORE.on_response("copy", pair[1])
 
     def _rename(self, pair: tuple[str, str]) -> None:
         self._copy(pair)
@@ -133,6 +138,7 @@ class MemoryStore(FileSystem):
         STORE.request("delete", path)
         with STORE.lock:
             STORE.objects.pop(path, None)
+        STORE.on_response("delete", path)
 
     def _each(self, do: Callable[[Any], None], items: list[Any], name: str) -> None:
         errors = {}

@@ -62,13 +62,20 @@ def count_orphans(committed: dict[str, list[int]], shards: Collection[Shard]) ->
 
 
 def read_report(output: str, shard: str, index: int) -> ChunkReport | None:
-    """The report in a committed chunk's images file, None if the file is damaged; only its footer is read."""
+    """The report in a committed chunk's images file, None if the file is damaged; only its footer is read.
+
+    None, too, if the file is gone: another start is at work in the directory, and has just taken it away.
+    """
     path = FileSystems.join(output, IMAGES_DIR, chunk_name(shard, index))
-    with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-        try:
+    try:
+        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
             return report_from_metadata(pq.read_schema(file).metadata)
-        except (ValueError, KeyError, TypeError):  # pyarrow's errors of broken files are ValueErrors, too
-            return None
+    except (ValueError, KeyError, TypeError):  # pyarrow's errors of broken files are ValueErrors, too
+        return None
+    except Exception:  # each file system has an error of its own for this
+        if FileSystems.exists(path):
+            raise
+        return None
 
 
 def finished_reports(
