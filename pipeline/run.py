@@ -97,9 +97,10 @@ def _label(
     local = runs_locally(options)
     outcome = _run_here(job, options, run, matched, done, load) if local else _run_remotely(job, options, run, load)
     if outcome.error is not None:
-        if not isinstance(outcome.error, _EXPECTED_ERRORS):
+        expected, message = _expected(outcome.error)
+        if not expected:
             traceback.print_exception(outcome.error)
-        print(f"maskbeam: {_last_line(outcome.error)}", file=sys.stderr)
+        print(f"maskbeam: {message}", file=sys.stderr)
         print(f"What is committed in {job.output.output} stays; run the same command to go on.", file=sys.stderr)
         return EXIT_FAILED
     totals = Totals.from_dict(
@@ -240,6 +241,18 @@ def _make_progress(job: Job, matched: Matched, done: Totals, progress_dir: Path)
         total_images = job.input.limit
     total_bytes = sum(shard.num_bytes for shard in matched.shards)
     return Progress(progress_dir, total_images, total_bytes, done.images, done.encoded_bytes)
+
+
+def _expected(error: BaseException) -> tuple[bool, str]:
+    """Whether the message says all there is to say, and the message."""
+    message = _last_line(error)
+    if isinstance(error, _EXPECTED_ERRORS):
+        return True, message
+    # What fails in a worker process comes as text, a stack trace with the error in its last line.
+    kind, _, rest = message.partition(": ")
+    if type(error) is RuntimeError and kind.rpartition(".")[2] in {kind.__name__ for kind in _EXPECTED_ERRORS}:
+        return True, rest
+    return False, message
 
 
 def _last_line(error: BaseException) -> str:

@@ -144,7 +144,7 @@ def test_a_store_that_is_gone_for_good_leaves_a_whole_chunk_or_none(before: Labe
 
 def test_a_commit_that_lost_its_temporary_files_to_another_starts_cleaning_is_done_again() -> None:
     start_from(None)
-    cleaned = []
+    cleaned: list[str] = []
 
     def clean(kind: str, path: str) -> None:
         if kind == "copy" and not cleaned:

@@ -264,6 +264,26 @@ def test_mistakes_are_told(store: ObjectStore, data: str, output: str, told: str
         store.label(f"{store.uri}/{data}", f"{store.uri}/{output}")
 
 
+def test_the_environment_is_enough(s3_server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"endpoint_url": "ENDPOINT_URL", "access_key_id": "ACCESS_KEY_ID", "secret_access_key": "SECRET_ACCESS_KEY"}
+    for flag in s3_server.flags:
+        name, _, value = flag.removeprefix("--s3_").partition("=")
+        monkeypatch.setenv(f"AWS_{names.get(name, 'DEFAULT_REGION')}", value)
+    store = replace(s3_server, uri=f"{s3_server.uri}/environment", flags=())
+    data = store.put_tree("data", write_photos(tmp_path / "photos", 1))
+    assert store.label(data, f"{store.uri}/labels") == 0
+    _s3_client.cache_clear()  # it has these settings
+
+
+def test_missing_credentials_are_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UsageError, match=r"^s3://bucket/.*no credentials for s3://: set AWS_ACCESS_KEY_ID"):
+        label("--input", "s3://bucket/data/*.png", "--output", "s3://bucket/labels")
+
+
 def test_a_store_that_refuses_is_one_line(s3_server: ObjectStore, tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", 1)
     with pytest.raises(UsageError, match=r"cannot write to --output s3://no-such-bucket/x: .*NoSuchBucket") as raised:
@@ -435,18 +455,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
-@pytest.fixture
-def remote_preset(store: ObjectStore) -> str:
-    return store.put_tree("models/tiny", Path(resolve_preset("sam_tiny")))
-
-
 def cached(home: Path) -> list[Path]:
     return [path for path in (home / ".cache/maskbeam/presets").iterdir() if path.suffix != ".lock"]
 
 
-def test_a_remote_preset_labels_as_the_embedded_one(
-    store: ObjectStore, remote_preset: str, home: Path, tmp_path: Path
-) -> None:
+def test_a_remote_preset_labels_as_the_embedded_one(s3_server: ObjectStore, home: Path, tmp_path: Path) -> None:
+    store = replace(s3_server, uri=f"{s3_server.uri}/preset")
+    remote_preset = store.put_tree("models/tiny", Path(resolve_preset("sam_tiny")))
     data, output = store.put_tree("photos", write_photos(tmp_path / "photos", 2)), f"{store.uri}/labels"
     everything = ("--pred_iou_thresh", "0", "--stability_score_thresh", "0")
     assert label("--input", tmp_path / "photos", "--output", tmp_path / "local", *everything, load=load_model) == 0

@@ -23,7 +23,7 @@ def test_every_field_of_the_output_is_described(field: str) -> None:
 
 def test_every_flag_exists() -> None:
     known = {option for action in label_parser()._actions for option in action.option_strings}
-    beams = {"--direct_num_workers", "--direct_running_mode"}
+    beams = {"--direct_num_workers", "--direct_running_mode", "--s3_endpoint_url"}
     assert set(re.findall(r"`(--\w+)", README)) - known - beams == set()
 
 

@@ -19,6 +19,7 @@ from tests.conftest import label, read_labels, write_photos
 # `maskbeam label` with FakeSam, which takes its time.
 SLOW_LABEL = """
 import sys, time
+from pipeline.cli import _quiet_libraries
 from tests.conftest import label
 from tests.fakes import FakeSam
 
@@ -27,6 +28,7 @@ class Slow(FakeSam):
         time.sleep(0.15)
         return super().embed(*arguments)
 
+_quiet_libraries()
 sys.exit(label(*sys.argv[1:], load=lambda config: Slow()))
 """
 
