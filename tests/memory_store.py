@@ -24,7 +24,8 @@ class Store:
         self.reset()
 
     def reset(self) -> None:
-        self.objects: dict[str, tuple[bytes, float]] = {}
+        self.objects: dict[str, bytes] = {}
+        self.updated: dict[str, float] = {}
         self.requests: Counter[str] = Counter()
         self.on_request: OnRequest = lambda request, path: None
         self.on_response: OnRequest = lambda request, path: None
@@ -39,9 +40,9 @@ class Store:
         """Without a request: what a test finds in the store from the start."""
         with self.lock:
             self.clock += 1
-            self.objects[path] = (data, self.clock)
+            self.objects[path], self.updated[path] = data, self.clock
 
-    def get(self, path: str) -> tuple[bytes, float]:
+    def get(self, path: str) -> bytes:
         try:
             return self.objects[path]
         except KeyError:
@@ -92,14 +93,14 @@ class MemoryStore(FileSystem):
         STORE.request("list", dir_or_prefix)
         with STORE.lock:
             found = sorted(item for item in STORE.objects.items() if item[0].startswith(dir_or_prefix))
-        return (FileMetadata(path, len(data), updated) for path, (data, updated) in found)
+            return iter([FileMetadata(path, len(data), STORE.updated.get(path, 0.0)) for path, data in found])
 
     def create(self, path: str, mime_type: str = "", compression_type: Any = CompressionTypes.AUTO) -> Any:
         return _Upload(path)
 
     def open(self, path: str, mime_type: str = "", compression_type: Any = CompressionTypes.AUTO) -> Any:
         STORE.request("get", path)
-        return io.BytesIO(STORE.get(path)[0])
+        return io.BytesIO(STORE.get(path))
 
     def copy(self, source_file_names: list[str], destination_file_names: list[str]) -> None:
         self._each(self._copy, list(zip(source_file_names, destination_file_names, strict=True)), "Copy")
@@ -119,15 +120,14 @@ class MemoryStore(FileSystem):
 
     def metadata(self, path: str) -> FileMetadata:
         STORE.request("head", path)
-        data, updated = STORE.get(path)
-        return FileMetadata(path, len(data), updated)
+        return FileMetadata(path, len(STORE.get(path)), STORE.updated.get(path, 0.0))
 
     def delete(self, paths: list[str]) -> None:
         self._each(self._delete, paths, "Delete")
 
     def _copy(self, pair: tuple[str, str]) -> None:
         STORE.request("copy", pair[1])
-        STORE.put(pair[1], STORE.get(pair[0])[0])
+        STORE.put(pair[1], STORE.get(pair[0]))
         STORE.on_response("copy", pair[1])
 
     def _rename(self, pair: tuple[str, str]) -> None:

@@ -48,7 +48,7 @@ def view(index: int = 0) -> View | None:
     if f"{OUTPUT}/images/{name}" not in objects:
         return None
     images, annotations = (
-        pq.read_table(io.BytesIO(objects[f"{OUTPUT}/{kind}/{name}"][0])) for kind in ("images", "annotations")
+        pq.read_table(io.BytesIO(objects[f"{OUTPUT}/{kind}/{name}"])) for kind in ("images", "annotations")
     )
     return images["status"].to_pylist(), annotations["predicted_iou"].to_pylist()
 
@@ -291,7 +291,7 @@ def check_rows(ious: tuple[float, ...]) -> None:
     assert run["amg"]["pred_iou_thresh"] in ious and "clearing" not in run
     for index in range(NUM_CHUNKS):
         assert view(index) == (["labeled"], [run["amg"]["pred_iou_thresh"]])
-        footer = pq.read_schema(io.BytesIO(STORE.get(f"{OUTPUT}/images/{chunk_name(SHARD.name, index)}")[0]))
+        footer = pq.read_schema(io.BytesIO(STORE.get(f"{OUTPUT}/images/{chunk_name(SHARD.name, index)}")))
         assert f'"id": "{run["id"]}"'.encode() in footer.metadata[RUN_KEY]
     assert not temporaries()
 

@@ -1,10 +1,13 @@
-"""Input, output and presets on object stores: s3:// on a local server (moto), and one in memory that behaves as gs://."""
+"""Input, output and presets on object stores: s3:// and gs:// on local servers, and mem://, which counts requests."""
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +26,11 @@ from tests.conftest import Labels, label, photo_bytes, read_labels, write_photos
 from tests.fakes import FakeSam
 from tests.memory_store import STORE
 from tests.test_read import images_parquet, images_tar, tfrecord_bytes
+from tests.test_write import RUN, chunk_of, labeled
 from transforms import cache
 from transforms.cache import local_preset
 from transforms.embedded import resolve_preset
-from transforms.match import InputConfig, list_files, match_shards
+from transforms.match import InputConfig, absolute, list_files, match_shards
 from transforms.read import ReadConfig, read_images
 from transforms.resume import committed_chunks, read_report
 from transforms.s3 import _s3_client
@@ -46,10 +50,13 @@ class ObjectStore:
     client: Any = None
 
     def put(self, name: str, data: bytes) -> str:
-        """Puts an object there without Beam."""
+        """Puts an object there, without Beam where that is simple."""
         path = f"{self.uri}/{name}"
-        if self.client is None:
+        if path.startswith("mem://"):
             STORE.put(path, data)
+        elif self.client is None:
+            with FileSystems.create(path) as file:
+                file.write(data)
         else:
             self.client.put_object(Bucket=BUCKET, Key=path.removeprefix(f"s3://{BUCKET}/"), Body=data)
         return path
@@ -82,14 +89,30 @@ def s3_server() -> Iterator[ObjectStore]:
     server.stop()
 
 
-@pytest.fixture(params=["s3", "mem"])
+@pytest.fixture(scope="module")
+def gs_server() -> Iterator[ObjectStore]:
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
+    with socket.socket() as free, pytest.MonkeyPatch.context() as environment:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+        free.close()
+        server = emulator.create_server("localhost", port, in_memory=True, default_bucket=BUCKET)
+        server.start()
+        environment.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
+        environment.setenv("GOOGLE_CLOUD_PROJECT", "project")
+        yield ObjectStore(f"gs://{BUCKET}", ("--no_auth",))
+        server.stop()
+
+
+@pytest.fixture(params=["s3", "gs", "mem"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     """An empty place in a store."""
     if request.param == "mem":
         STORE.reset()
         found = ObjectStore("mem://bucket")
     else:
-        found = request.getfixturevalue("s3_server")
+        found = request.getfixturevalue(f"{request.param}_server")
         found = replace(found, uri=f"{found.uri}/{tmp_path.name}")
     parse_label(["--input", "x", "--output", "y", *found.flags])  # tells the file systems the flags
     return found
@@ -311,8 +334,6 @@ def test_a_prefix_is_a_directory_and_a_part_of_a_name_is_none(
 ) -> None:
     for name in ("photos/1.png", "photos/deep/2.png", "photos2/3.png", "[x].png"):
         store.put(name, b"1")
-    from transforms.match import absolute
-
     _, files = list_files(absolute(f"{store.uri}/{pattern}"))
     assert {file.path.removeprefix(store.uri + "/") for file in files} == names
 
@@ -359,8 +380,6 @@ def test_a_start_that_has_nothing_left_to_do_lists_a_few_times_and_reads_each_fo
 
 
 def test_a_commit_takes_few_requests(memory: ObjectStore) -> None:
-    from tests.test_write import RUN, chunk_of, labeled
-
     memory.put("labels/run.json", b'{"id": "1"}')
     STORE.requests.clear()
     commit_chunk(chunk_of(labeled(0)), "mem://bucket/labels", {**RUN, "id": "1"})
@@ -403,6 +422,17 @@ def s3_requests(store: ObjectStore) -> tuple[Counter[str], Counter[str], Any]:
     return requests, received, lambda: client.meta.events.unregister("after-call.s3", count)
 
 
+def test_a_commit_to_s3_takes_few_requests(s3_server: ObjectStore) -> None:
+    parse_label(["--input", "x", "--output", "y", *s3_server.flags])
+    s3_server.put("commit/run.json", b'{"id": "1"}')
+    requests, _, stop = s3_requests(s3_server)
+    commit_chunk(chunk_of(labeled(0)), f"{s3_server.uri}/commit", {**RUN, "id": "1"})
+    stop()
+    # As on mem://, but Beam uploads in three requests, and looks for a file before it reads or copies it.
+    uploads = {"CreateMultipartUpload": 2, "UploadPart": 2, "CompleteMultipartUpload": 2}
+    assert requests == {**uploads, "CopyObject": 2, "DeleteObjects": 2, "GetObject": 1, "HeadObject": 4}
+
+
 def test_all_calls_share_one_client(s3_server: ObjectStore) -> None:
     parse_label(["--input", "x", "--output", "y", *s3_server.flags])
     path = s3_server.put("shared", b"1")
@@ -415,8 +445,6 @@ def test_all_calls_share_one_client(s3_server: ObjectStore) -> None:
 
 def test_of_a_committed_chunk_only_the_footer_is_read(s3_server: ObjectStore, tmp_path: Path) -> None:
     parse_label(["--input", "x", "--output", "y", *s3_server.flags])
-    from tests.test_write import RUN, chunk_of, labeled
-
     commit_chunk(chunk_of(labeled(0)), str(tmp_path), RUN)
     (small,) = (tmp_path / "images").iterdir()
     table = pq.read_table(small)
@@ -477,7 +505,7 @@ def test_a_remote_preset_labels_as_the_embedded_one(s3_server: ObjectStore, home
 def test_a_preset_is_copied_once_and_again_when_it_changes(memory: ObjectStore, home: Path, tmp_path: Path) -> None:
     uri = memory.put_tree("models/tiny", Path(resolve_preset("sam_tiny")))
     directory = Path(local_preset(uri))
-    assert fetch(uri, tmp_path / "fetched") and not filecmp_differences(tmp_path / "fetched", directory)
+    assert fetch(uri, tmp_path / "fetched") and not differing_files(tmp_path / "fetched", directory)
     STORE.requests.clear()
     assert local_preset(uri + "/") == str(directory)
     assert STORE.requests == {"list": 1}
@@ -486,7 +514,7 @@ def test_a_preset_is_copied_once_and_again_when_it_changes(memory: ObjectStore, 
     assert changed != directory and (changed / "config.json").read_bytes() == b"{}"
 
 
-def filecmp_differences(left: Path, right: Path) -> list[str]:
+def differing_files(left: Path, right: Path) -> list[str]:
     files = {str(path.relative_to(root)) for root in (left, right) for path in root.rglob("*") if path.is_file()}
     return [name for name in files if (left / name).read_bytes() != (right / name).read_bytes()]
 
@@ -513,8 +541,6 @@ def test_a_copy_that_was_cut_off_is_not_used(memory: ObjectStore, home: Path, mo
 
 def test_processes_that_ask_at_the_same_time_copy_once(memory: ObjectStore, home: Path) -> None:
     """Threads here: a lock on an open file is per opening, so it works the same between processes."""
-    from concurrent.futures import ThreadPoolExecutor
-
     uri = memory.put_tree("models/tiny", Path(resolve_preset("sam_tiny")))
     STORE.requests.clear()
     with ThreadPoolExecutor(8) as threads:

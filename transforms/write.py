@@ -160,6 +160,9 @@ def _commit_tables(tables: dict[str, pa.Table], output: str, name: str, run: dic
 def check_run(output: str, run: dict[str, Any]) -> None:
     """Checks that the output directory still belongs to this run.
 
+    It is asked right before a chunk becomes visible. One that passes just before the directory is taken is late by a few
+    requests: it is done again by the new run, which goes by the id in the chunk's report.
+
     Args:
       output: directory of the labels.
       run: content of run.json; without an id, nothing is checked.
