@@ -249,8 +249,8 @@ def _expected(error: BaseException) -> tuple[bool, str]:
     if isinstance(error, _EXPECTED_ERRORS):
         return True, message
     # What fails in a worker process comes as text, a stack trace with the error in its last line.
-    kind, _, rest = message.partition(": ")
-    if type(error) is RuntimeError and kind.rpartition(".")[2] in {kind.__name__ for kind in _EXPECTED_ERRORS}:
+    name, _, rest = message.partition(": ")
+    if type(error) is RuntimeError and name.rpartition(".")[2] in {kind.__name__ for kind in _EXPECTED_ERRORS}:
         return True, rest
     return False, message
 
