@@ -160,8 +160,8 @@ def _commit_tables(tables: dict[str, pa.Table], output: str, name: str, run: dic
 def check_run(output: str, run: dict[str, Any]) -> None:
     """Checks that the output directory still belongs to this run.
 
-    It is asked right before a chunk becomes visible. A chunk that passes just before the directory is taken is late by a
-    few requests; the new run does it again, since it goes by the id in the chunk's report.
+    It is asked right before a chunk becomes visible. A chunk that passes just before the directory is taken is late by
+    a few requests; the new run does it again, since it goes by the id in the report.
 
     Args:
       output: directory of the labels.
