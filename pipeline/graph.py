@@ -51,7 +51,7 @@ def build(
         root
         | "MatchShards" >> MatchShards(job.input, job.read)  # Shard; only paths are ever shuffled
         | "ReadChunks"  # Chunk
-        >> ReadChunks(job.read, job.input.chunk_size, run["root"], job.output, job.amg.keep_candidates)
+        >> ReadChunks(job.read, job.input.chunk_size, run["root"], job.output, run.get("id"), job.amg.keep_candidates)
     )
     reports = (
         chunks

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import uuid
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -15,11 +16,12 @@ from apache_beam.io.filesystems import FileSystems
 
 from pipeline.graph import Job
 from pipeline.options import UsageError
-from transforms.embedded import resolve_preset
+from transforms.cache import local_preset
 from transforms.match import absolute
 from transforms.records import Shard
 from transforms.resume import committed_chunks
 from transforms.segment import native_stderr_silenced
+from transforms.source import describe_error
 from transforms.summary import SUMMARY_FILE, read_json, write_json
 from transforms.write import (
     ANNOTATIONS_DIR,
@@ -28,6 +30,7 @@ from transforms.write import (
     RUN_FILE,
     TEMPORARY_DIR,
     delete_file,
+    delete_files,
     delete_tree,
     list_tree,
     parse_chunk_name,
@@ -36,8 +39,11 @@ from transforms.write import (
 _TABLE_DIRS = (ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR)
 _OUR_DIRS = (*_TABLE_DIRS, TEMPORARY_DIR)
 
+# In run.json while the labels of an earlier run are being deleted, so that a start after a kill goes on with that.
+_CLEARING = "clearing"
+
 # What may differ between starts of one run: names for people, not what makes the rows.
-_NOT_IDENTITY = ("model", "versions", "coco")
+_NOT_IDENTITY = ("model", "versions", "coco", "id", _CLEARING)
 
 _VERSIONED = ("maskbeam", "apache-beam", "keras", "keras-hub", "tensorflow", "jax", "numpy", "pycocotools", "pyarrow")
 _WEIGHT_FILES = ("model.weights.h5", "model.weights.json")
@@ -84,9 +90,9 @@ def model_fingerprint(preset: str) -> str:
     Raises:
       UsageError: there is no such model.
     """
-    directory = resolve_preset(preset)
     digest = hashlib.sha256()
     try:
+        directory = local_preset(preset)
         for name in ("config.json", *_weight_files(directory)):
             with FileSystems.open(
                 _preset_file(directory, name), compression_type=CompressionTypes.UNCOMPRESSED
@@ -126,29 +132,39 @@ def _is_directory(preset: str) -> bool:
     )
 
 
-def claim_output(output: str, run: dict[str, Any], overwrite: bool) -> None:
+def claim_output(output: str, run: dict[str, Any], overwrite: bool) -> dict[str, Any]:
     """Writes run.json, or checks that the run in output is this one.
+
+    A run has an id: starts that go on with it find the id in run.json, a new run gets a new one. It is written before
+    anything is deleted, and from then on no start of an earlier run commits anything (transforms.write.check_run).
+
+    Returns:
+      run, with its id.
 
     Raises:
       UsageError: output holds another run, or something that is no run of ours, or cannot be written.
     """
     try:
         path = FileSystems.join(output, RUN_FILE)
+        claimed = {**run, "id": uuid.uuid4().hex}
         if FileSystems.exists(path):
             before = _read_run(path)
-            labeled = bool(committed_chunks(output))
-            if labeled and not overwrite:
-                _check_same_run(before, run, output)
-                return
+            if not overwrite and not before.get(_CLEARING):
+                if committed_chunks(output):
+                    _check_same_run(before, run, output)
+                if not _changes(before, run):
+                    return {**run, "id": before.get("id")}
+            write_json(path, {**claimed, _CLEARING: True})
             _delete_labels(output)
         else:
             _check_empty(output)
-        write_json(path, run)
+        write_json(path, claimed)
+        return claimed
     except UsageError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a file system that Beam does not know
         raise UsageError(
-            f"cannot write to --output {output}: {error}. Choose a directory that can be written."
+            f"cannot write to --output {output}: {describe_error(error)}. Choose a directory that can be written."
         ) from error
 
 
@@ -167,10 +183,9 @@ def _read_run(path: str) -> dict[str, Any]:
 
 def _delete_labels(output: str) -> None:
     """Deletes what a run of ours leaves in its output, and nothing else."""
-    for directory in _TABLE_DIRS:
-        for file in list_tree(FileSystems.join(output, directory)):
-            if parse_chunk_name(FileSystems.split(file)[1]):
-                delete_file(file)
+    for directory in reversed(_TABLE_DIRS):  # images first: a chunk is one as long as it has its images file
+        files = list_tree(FileSystems.join(output, directory))
+        delete_files([file for file in files if parse_chunk_name(FileSystems.split(file)[1])])
     delete_tree(FileSystems.join(output, TEMPORARY_DIR))
     delete_file(FileSystems.join(output, SUMMARY_FILE))
 
@@ -191,17 +206,20 @@ def refuse_input_in_output(shards: Iterable[Shard], output: str) -> None:
 
 
 def _check_same_run(before: dict[str, Any], now: dict[str, Any], output: str) -> None:
-    old, new = _flat(before), _flat(now)
-    changes = [
-        f"{field} was {old.get(field)}, now {new.get(field)}"
-        for field in sorted(old.keys() | new.keys())
-        if old.get(field) != new.get(field)
-    ]
-    if changes:
+    if changes := _changes(before, now):
         raise UsageError(
             f"{output} holds labels made with other settings: {'; '.join(changes)}. Use the same settings to go on, "
             "another --output, or --overwrite to delete those labels."
         )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{field} was {old.get(field)}, now {new.get(field)}"
+        for field in sorted(old.keys() | new.keys())
+        if old.get(field) != new.get(field)
+    ]
 
 
 def _flat(run: dict[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def run_import(config: ImportConfig) -> int:
         raise UsageError(f"cannot import {config.annotations}: {error}") from error
     shard = Shard(shard_name(config.annotations.rpartition("/")[2]), absolute(config.annotations), "coco", (source,))
     run = _describe(shard, digest, {key: about[key] for key in about if key not in ("images", "annotations")})
-    claim_output(config.output, run, config.overwrite)
+    run = claim_output(config.output, run, config.overwrite)
     # Each file has it in its metadata, and categories can be long.
     in_files = {key: value for key, value in run.items() if key != "coco"}
     totals = Totals()
@@ -124,7 +124,7 @@ def run_import(config: ImportConfig) -> int:
                 [annotation for _, annotations in grouped[part] for annotation in annotations],
             )
             tables = {ANNOTATIONS_DIR: annotations_table, IMAGES_DIR: images_table}
-            commit_tables(tables, chunk_name(shard.name, chunk.index), config.output)
+            commit_tables(tables, chunk_name(shard.name, chunk.index), config.output, in_files)
             totals += report.totals
         write_summary(totals, config.output, run)
     except OSError as error:

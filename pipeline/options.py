@@ -17,6 +17,7 @@ import typing
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
+from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from pipeline.graph import Job
@@ -156,7 +157,7 @@ def field_helps(config: type) -> dict[str, str]:
 
 
 def parse_label(argv: list[str]) -> tuple[Job, PipelineOptions]:
-    """Command line -> what to do, and how Beam runs it.
+    """Command line -> what to do, and how Beam runs it. Beam's file systems have their options from then on.
 
     Raises:
       UsageError: a flag nobody knows, a value out of range.
@@ -167,7 +168,9 @@ def parse_label(argv: list[str]) -> tuple[Job, PipelineOptions]:
     parser = label_parser()
     parsed, rest = parser.parse_known_args(own)
     _check_beam_flags(rest, parser)
-    return _build_job(Job, vars(parsed)), _beam_options(rest + passed_on)
+    options = _beam_options(rest + passed_on)
+    FileSystems.set_options(options)  # files are looked at before there is a pipeline, which would do this
+    return _build_job(Job, vars(parsed)), options
 
 
 def parse_job(command: str, job: type[J], argv: list[str], description: str, without: tuple[str, ...] = ()) -> J:
@@ -186,6 +189,7 @@ def parse_job(command: str, job: type[J], argv: list[str], description: str, wit
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UsageError(_describe_unknown(unknown[0], parser.prog, parser))
+    FileSystems.set_options(PipelineOptions([]))  # object stores want some, if only to look into the environment
     return _build_job(job, vars(parsed))
 
 

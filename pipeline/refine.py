@@ -111,7 +111,7 @@ def run_refine(job: RefineJob, changes: dict[str, Any]) -> int:
         "versions": versions(),
         "refined_from": {"labels": absolute(labels), "label_settings": run["amg"], **asdict(job.containment)},
     }
-    claim_output(output, refined, job.refine.overwrite)
+    refined = claim_output(output, refined, job.refine.overwrite)
     _refuse_strays(sources, labels, output)
     try:
         totals = _refine_all(sources, config, job, refined)
@@ -141,7 +141,7 @@ def _refine_all(sources: list[ChunkReport], config: AmgConfig, job: RefineJob, r
         for source in sources:
             committed = source.index in done.get(source.shard, [])
             report = read_report(output, source.shard, source.index) if committed else None
-            if report is None or report.digest != _digest(source):
+            if report is None or (report.digest, report.run_id) != (_digest(source), run["id"]):
                 report = _refine_and_commit(source, config, job, run)
             totals += report.totals
             progress.update(source.totals.images)
@@ -157,10 +157,10 @@ def _refine_and_commit(source: ChunkReport, config: AmgConfig, job: RefineJob, r
     shard = Shard(source.shard, images["shard"][0].as_py() if len(images) else "", format="", files=())
     chunk = LabeledChunk(shard, source.index, refined, source.final, _digest(source))
     totals = replace(chunk.totals(), encoded_bytes=source.totals.encoded_bytes)
-    report = replace(source, digest=chunk.digest, totals=totals)
+    report = replace(source, digest=chunk.digest, totals=totals, run_id=run["id"])
     annotations, image_rows = chunk_to_tables(chunk, report, run)
     tables = {ANNOTATIONS_DIR: annotations, IMAGES_DIR: image_rows}
-    commit_tables(tables, chunk_name(source.shard, source.index), job.refine.output)
+    commit_tables(tables, chunk_name(source.shard, source.index), job.refine.output, run)
     return report
 
 

@@ -15,11 +15,13 @@ import tempfile
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import apache_beam as beam
+from apache_beam.io.filesystem import BeamIOError
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability import python_urns
@@ -31,12 +33,14 @@ from pipeline.identity import claim_output, default_backend, describe_run, refus
 from pipeline.options import UsageError, runs_locally
 from pipeline.progress import Progress
 from pipeline.remote import JobFailed, prepare, run_elsewhere
+from pipeline.starts import announce_start, withdraw_start
 from transforms.match import Matched, check_output, match_shards
-from transforms.records import Totals
+from transforms.records import ChunkReport, Shard, Totals
 from transforms.resume import InputChanged, check_directories, committed_chunks, count_orphans, finished_reports
 from transforms.segment import LoadSam, ModelBroken, load_model, use_backend
+from transforms.source import describe_error
 from transforms.summary import SUMMARY_FILE, read_json
-from transforms.write import TooManyFailures
+from transforms.write import RunReplaced, TooManyFailures
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -46,7 +50,10 @@ EXIT_INTERRUPTED = 130
 _POLL_SECONDS = 0.2
 
 # These say all there is to say; for others the stack trace is shown, too.
-_EXPECTED_ERRORS = (InputChanged, JobFailed, ModelBroken, TooManyFailures, OSError)
+_EXPECTED_ERRORS = (InputChanged, JobFailed, ModelBroken, RunReplaced, TooManyFailures, OSError)
+
+# Footers of committed chunks that are read at the same time: on object stores it is waiting that takes the time.
+_FOOTER_THREADS = 16
 
 
 def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) -> int:
@@ -66,20 +73,39 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) ->
         check_output(job.input, job.output.output)
         use_backend(default_backend())
     except (ValueError, RuntimeError, OSError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(describe_error(error) if isinstance(error, BeamIOError) else str(error)) from error
     refuse_input_in_output(matched.shards, job.output.output)
     run = describe_run(job, matched.root)
-    claim_output(job.output.output, run, job.output.overwrite)
+    run = claim_output(job.output.output, run, job.output.overwrite)
     try:
-        done = _done_before(job, matched)
-    except InputChanged as error:
-        print(f"maskbeam: {error}", file=sys.stderr)
+        done = _done_before(job, matched, run)
+        note, others = announce_start(job.output.output)
+    except (InputChanged, OSError) as error:
+        print(f"maskbeam: {describe_error(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return EXIT_FAILED
+    for other in others:
+        print(
+            f"maskbeam: another start may be at work in {job.output.output} ({other}). Both end in the same rows, but "
+            "do the work twice.",
+            file=sys.stderr,
+        )
+    try:
+        return _label(job, options, run, matched, done, load)
+    finally:
+        withdraw_start(note)
+
+
+def _label(
+    job: Job, options: PipelineOptions, run: dict[str, Any], matched: Matched, done: Totals, load: LoadSam
+) -> int:
+    """Runs the pipeline and tells how it ended; returns the exit code."""
+    local = runs_locally(options)
     outcome = _run_here(job, options, run, matched, done, load) if local else _run_remotely(job, options, run, load)
     if outcome.error is not None:
-        if not isinstance(outcome.error, _EXPECTED_ERRORS):
+        expected, message = _expected(outcome.error)
+        if not expected:
             traceback.print_exception(outcome.error)
-        print(f"maskbeam: {_last_line(outcome.error)}", file=sys.stderr)
+        print(f"maskbeam: {message}", file=sys.stderr)
         print(f"What is committed in {job.output.output} stays; run the same command to go on.", file=sys.stderr)
         return EXIT_FAILED
     if makes_template(options):
@@ -114,9 +140,17 @@ def _run_remotely(job: Job, options: PipelineOptions, run: dict[str, Any], load:
 
 
 class _LocalRunner(FnApiRunner):
-    """Runs worker processes so that they leave Ctrl-C to this one."""
+    """Runs worker processes so that they leave Ctrl-C to this one and know the flags of file systems.
+
+    Beam itself starts them without any.
+    """
 
     def run_via_runner_api(self, pipeline_proto: Any, options: PipelineOptions) -> Any:
+        # Those of the file systems are texts and switches. A switch that is off has no flag for it.
+        given = options.get_all_options(drop_default=True).items()
+        self._provision_info.provision_info.pipeline_options.update(
+            {name: value for name, value in given if isinstance(value, str) or value is True}
+        )
         for environment in pipeline_proto.components.environments.values():
             if environment.urn == python_urns.SUBPROCESS_SDK:
                 # The payload is a shell's command line. Without exec the shell would stay, and tell who was killed.
@@ -124,7 +158,7 @@ class _LocalRunner(FnApiRunner):
         return super().run_via_runner_api(pipeline_proto, options)
 
 
-def _done_before(job: Job, matched: Matched) -> Totals:
+def _done_before(job: Job, matched: Matched, run: dict[str, Any]) -> Totals:
     """What earlier starts committed, of the input as it is now.
 
     Raises:
@@ -132,11 +166,12 @@ def _done_before(job: Job, matched: Matched) -> Totals:
     """
     committed = committed_chunks(job.output.output, job.amg.keep_candidates)
     check_directories(committed, matched.shards)
-    reports = [
-        report
-        for shard in matched.shards
-        for report in finished_reports(shard, matched.root, committed.get(shard.name, []), job.output)
-    ]
+
+    def reports_of(shard: Shard) -> list[ChunkReport]:
+        return finished_reports(shard, matched.root, committed.get(shard.name, []), job.output, run["id"])
+
+    with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
+        reports = [report for found in threads.map(reports_of, matched.shards) for report in found]
     return sum((report.totals for report in reports), Totals())
 
 
@@ -214,6 +249,18 @@ def _make_progress(job: Job, matched: Matched, done: Totals, progress_dir: Path)
         total_images = job.input.limit
     total_bytes = sum(shard.num_bytes for shard in matched.shards)
     return Progress(progress_dir, total_images, total_bytes, done.images, done.encoded_bytes)
+
+
+def _expected(error: BaseException) -> tuple[bool, str]:
+    """Whether the message says all there is to say, and the message."""
+    message = _last_line(error)
+    if isinstance(error, _EXPECTED_ERRORS):
+        return True, message
+    # What fails in a worker process comes as text, a stack trace with the error in its last line.
+    name, _, rest = message.partition(": ")
+    if type(error) is RuntimeError and name.rpartition(".")[2] in {kind.__name__ for kind in _EXPECTED_ERRORS}:
+        return True, rest
+    return False, message
 
 
 def _last_line(error: BaseException) -> str:

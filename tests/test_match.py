@@ -10,53 +10,23 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from apache_beam.io.filesystem import BeamIOError, FileMetadata, FileSystem
 from apache_beam.testing import test_pipeline
 from apache_beam.testing.util import assert_that, equal_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.memory_store import STORE
 from transforms import match, read
 from transforms.match import InputConfig, Matched, MatchShards, check_output, match_shards, shard_name
 from transforms.read import ReadConfig
 from transforms.records import Shard, SourceFile
 
 
-class MemoryFileSystem(FileSystem):
-    """An object store: names with slashes, no directories. Beam finds it by its scheme."""
-
-    files: dict[str, bytes] = {}  # noqa: RUF012
-
-    @classmethod
-    def scheme(cls) -> str:
-        return "mem"
-
-    def has_dirs(self) -> bool:
-        return False
-
-    def _list(self, dir_or_prefix):  # type: ignore[no-untyped-def]
-        return (FileMetadata(path, len(data)) for path, data in self.files.items() if path.startswith(dir_or_prefix))
-
-    def exists(self, path: str) -> bool:
-        return path in self.files
-
-    def metadata(self, path: str) -> FileMetadata:
-        return FileMetadata(path, len(self.files[path]))
-
-    def open(self, path, mime_type="", compression_type=""):  # type: ignore[no-untyped-def]
-        if path not in self.files:
-            raise BeamIOError(f"no object {path}")
-        return io.BytesIO(self.files[path])
-
-    join = split = mkdirs = create = copy = rename = size = last_updated = checksum = delete = None
-
-
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+def bucket() -> dict[str, bytes]:
     """The objects of mem://, by URL."""
-    files: dict[str, bytes] = {}
-    monkeypatch.setattr(MemoryFileSystem, "files", files)
-    return files
+    STORE.reset()
+    return STORE.objects
 
 
 def make_files(root: Path, *names: str) -> str:

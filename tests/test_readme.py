@@ -45,7 +45,7 @@ def test_every_field_of_the_output_is_described(field: str) -> None:
 
 def test_every_flag_exists(capsys: pytest.CaptureFixture[str]) -> None:
     known = set().union(*(flags_of(command, capsys) for command in cli._COMMANDS))
-    beams = {"--direct_num_workers", "--direct_running_mode"}
+    beams = {"--direct_num_workers", "--direct_running_mode", "--s3_endpoint_url"}
     assert set(re.findall(r"`(--\w+)", README)) - known - beams == set()
 
 

@@ -176,7 +176,8 @@ def test_half_a_commit_is_none_and_the_next_one_repairs_it(
         rename(sources, destinations)
 
     monkeypatch.setattr(FileSystems, "rename", breaks)
-    with pytest.raises(BeamIOError):
+    monkeypatch.setattr("transforms.write.RETRY_SECONDS", (0,))
+    with pytest.raises(OSError, match=r"cannot write the chunk a%2Fs\.tar-00000\..*2 times.*the disk is gone"):
         commit_chunk(chunk_of(labeled(0)), str(tmp_path), RUN)
     assert committed_chunks(str(tmp_path)) == {}
     monkeypatch.undo()

@@ -314,6 +314,7 @@ class ChunkReport:
     Attributes:
       digest, source: the state of the chunk's source when it was labeled, for machines and for people.
       final: True for the shard's last chunk.
+      run_id: the id in run.json when it was committed.
     """
 
     shard: str
@@ -322,3 +323,4 @@ class ChunkReport:
     digest: str
     source: str
     totals: Totals
+    run_id: str | None = None

@@ -78,20 +78,30 @@ def count_orphans(committed: dict[str, list[int]], shards: Collection[Shard]) ->
 
 
 def read_report(output: str, shard: str, index: int) -> ChunkReport | None:
-    """The report in a committed chunk's images file, None if the file is damaged; only its footer is read."""
+    """The report in a committed chunk's images file, None if the file is damaged; only its footer is read.
+
+    None, too, if the file is gone: another start is at work in the directory, and has just taken it away.
+    """
     path = FileSystems.join(output, IMAGES_DIR, chunk_name(shard, index))
-    with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-        try:
+    try:
+        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
             return report_from_metadata(pq.read_schema(file).metadata)
-        except (ValueError, KeyError, TypeError):  # pyarrow's errors of broken files are ValueErrors, too
-            return None
+    except (ValueError, KeyError, TypeError):  # pyarrow's errors of broken files are ValueErrors, too
+        return None
+    except Exception:  # each file system has an error of its own for this
+        if FileSystems.exists(path):
+            raise
+        return None
 
 
-def finished_reports(shard: Shard, root: str, committed: list[int], config: OutputConfig) -> list[ChunkReport]:
+def finished_reports(
+    shard: Shard, root: str, committed: list[int], config: OutputConfig, run_id: str | None = None
+) -> list[ChunkReport]:
     """The reports of the shard's chunks that need not be done again.
 
     Args:
       committed: indices of the shard's committed chunks.
+      run_id: of the run; a start of an earlier one may have committed a last chunk after the directory was taken.
 
     Raises:
       InputChanged: the shard changed since.
@@ -99,7 +109,7 @@ def finished_reports(shard: Shard, root: str, committed: list[int], config: Outp
     if shard.format == "image":  # such a Shard is one chunk of its directory
         committed = [index for index in committed if index == shard.first_chunk]
     found = [read_report(config.output, shard.name, index) for index in committed]
-    reports = [report for report in found if report is not None]
+    reports = [report for report in found if report is not None and report.run_id == run_id]
     for report in reports:
         if report.digest != chunk_digest(shard, root):
             change = f"it was {report.source}, now it is {shard.source}"
@@ -129,10 +139,16 @@ class ReadChunks(beam.PTransform):
     """PCollection[Shard] -> PCollection[Chunk] to do, PCollection[ChunkReport] of those that are done."""
 
     def __init__(
-        self, config: ReadConfig, chunk_size: int, root: str, output: OutputConfig, keep_candidates: bool = False
+        self,
+        config: ReadConfig,
+        chunk_size: int,
+        root: str,
+        output: OutputConfig,
+        run_id: str | None = None,
+        keep_candidates: bool = False,
     ) -> None:
         super().__init__()
-        self._arguments = (config, chunk_size, root, output, keep_candidates)
+        self._arguments = (config, chunk_size, root, output, run_id, keep_candidates)
 
     def expand(self, shards: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection]:
         outputs = shards | beam.ParDo(_ReadChunksFn(*self._arguments)).with_outputs(FINISHED, main="chunks")
@@ -143,20 +159,27 @@ class _ReadChunksFn(beam.DoFn):
     """Lists the committed chunks once a worker, instead of once a shard."""
 
     def __init__(
-        self, config: ReadConfig, chunk_size: int, root: str, output: OutputConfig, keep_candidates: bool
+        self,
+        config: ReadConfig,
+        chunk_size: int,
+        root: str,
+        output: OutputConfig,
+        run_id: str | None,
+        keep_candidates: bool,
     ) -> None:
         self._config = config
         self._chunk_size = chunk_size
         self._root = root
         self._output = output
         self._keep_candidates = keep_candidates
+        self._run_id = run_id
 
     def setup(self) -> None:
         self._committed = committed_chunks(self._output.output, self._keep_candidates)
 
     def process(self, shard: Shard) -> Iterator[Chunk | beam.pvalue.TaggedOutput]:
         committed = self._committed.get(shard.name, [])
-        reports = finished_reports(shard, self._root, committed, self._output)
+        reports = finished_reports(shard, self._root, committed, self._output, self._run_id)
         for report in reports:
             yield beam.pvalue.TaggedOutput(FINISHED, report)
         yield from read_unfinished(shard, self._config, self._chunk_size, self._root, reports)

@@ -27,6 +27,7 @@ from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
 from transforms.amg import DTYPES, AmgConfig, Crop, ImageMasks, Sam, prepare_crops, propose_image, select_masks
+from transforms.cache import local_preset
 from transforms.images import ImageConfig, ImageError, decode_image
 from transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Seconds
 from transforms.source import describe_error
@@ -78,7 +79,7 @@ def load_model(config: ModelConfig) -> Sam:
     with native_stderr_silenced():
         from transforms.sam import load_sam
 
-        return load_sam(config.model, config.dtype)
+        return load_sam(local_preset(config.model), config.dtype)
 
 
 @contextlib.contextmanager

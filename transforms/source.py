@@ -13,9 +13,10 @@ from functools import partial
 from typing import IO, Any
 
 import pyarrow as pa
-from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystem import BeamIOError, CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+import transforms.s3  # noqa: F401  # one client for all files
 from transforms.records import SourceFile
 
 # Waits between the tries of a file system, in seconds.
@@ -37,6 +38,10 @@ def describe_error(error: Exception) -> str:
     >>> describe_error(ValueError("the file is empty")), describe_error(KeyError("id")), describe_error(MemoryError())
     ('the file is empty', "KeyError: 'id'", 'MemoryError')
     """
+    if isinstance(error, BeamIOError) and error.exception_details:  # the path, or a pair of paths, and the cause
+        ((where, cause), *_) = error.exception_details.items()
+        where = where if isinstance(where, str) else where[-1]
+        return f"{where}: {describe_error(cause)}"
     kind, message = type(error).__name__, str(error).strip().partition("\n")[0]
     if not message:
         return kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Iterable
@@ -12,7 +13,8 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from transforms.records import ChunkReport, Totals
-from transforms.write import TEMPORARY_DIR, delete_tree
+from transforms.source import describe_error
+from transforms.write import TEMPORARY_DIR, check_run, delete_file, delete_tree
 
 SUMMARY_FILE = "summary.json"
 
@@ -25,9 +27,14 @@ def sum_totals(totals: Iterable[Totals]) -> Totals:
 def write_json(path: str, content: dict[str, Any]) -> None:
     """Writes a JSON file on any Beam file system, replacing it as a whole."""
     temporary = f"{path}.{uuid.uuid4().hex}"
-    with FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-        file.write(json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
-    FileSystems.rename([temporary], [path])
+    try:
+        with FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+            file.write(json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+        FileSystems.rename([temporary], [path])
+    except Exception as error:
+        with contextlib.suppress(Exception):  # it may never have been there
+            delete_file(temporary)
+        raise OSError(f"cannot write {path}: {describe_error(error)}") from error
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -37,7 +44,12 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def write_summary(totals: Totals, output: str, run: dict[str, Any]) -> Totals:
-    """Ends a run that went well: summary.json is there and nothing temporary is left."""
+    """Ends a run that went well: summary.json is there and nothing temporary is left.
+
+    Raises:
+      RunReplaced: the directory belongs to another run by now.
+    """
+    check_run(output, run)
     write_json(FileSystems.join(output, SUMMARY_FILE), {**totals.to_dict(), "versions": run["versions"]})
     delete_tree(FileSystems.join(output, TEMPORARY_DIR))
     return totals

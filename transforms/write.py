@@ -3,12 +3,18 @@
 A chunk is two files, or three with its candidates. They are built in memory, written under _tmp, then renamed, images
 last: the images file is the commit mark, and a reader never sees half a chunk. A chunk done twice replaces its files
 with the same rows.
+
+No more is asked of a file system than that a file appears as a whole. Local ones rename at once; object stores copy,
+then delete, and each copy appears as a whole. Nor may it matter who else is at work, since a runner may do a chunk
+twice at the same time by itself: temporary files have names of their own, a commit that lost them to another start's
+cleaning is done again, and a start commits nothing into a directory that another one has taken for another run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -27,6 +33,7 @@ from apache_beam.metrics import Metrics
 
 from transforms.records import ChunkReport, LabeledChunk, Seconds, Totals
 from transforms.schema import chunk_to_candidates, chunk_to_tables
+from transforms.source import RETRY_SECONDS, describe_error
 
 RUN_FILE = "run.json"
 ANNOTATIONS_DIR = "annotations"
@@ -74,6 +81,10 @@ class TooManyFailures(RuntimeError):
     """More images failed than max_failed_fraction allows."""
 
 
+class RunReplaced(RuntimeError):
+    """The output directory belongs to another run by now."""
+
+
 def chunk_name(shard: str, index: int) -> str:
     """Name of a chunk's files, in either directory.
 
@@ -95,50 +106,125 @@ def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> Chunk
     Args:
       output: directory of the labels.
       run: content of run.json; goes into the files' metadata.
+
+    Raises:
+      OSError: the last try failed, whatever the file system itself raised.
+      RunReplaced: the directory belongs to another run by now.
     """
     start = time.perf_counter()
     report = ChunkReport(
-        chunk.shard.name, chunk.index, chunk.final, chunk.digest, chunk.shard.source, totals=chunk.totals()
+        chunk.shard.name,
+        chunk.index,
+        chunk.final,
+        chunk.digest,
+        chunk.shard.source,
+        totals=chunk.totals(),
+        run_id=run.get("id"),
     )
     annotations, images = chunk_to_tables(chunk, report, run)
     tables = {ANNOTATIONS_DIR: annotations, IMAGES_DIR: images}
     if chunk.keep_candidates:
         tables[CANDIDATES_DIR] = chunk_to_candidates(chunk, report, run)
-    commit_tables(tables, chunk_name(chunk.shard.name, chunk.index), output)
+    commit_tables(tables, chunk_name(chunk.shard.name, chunk.index), output, run)
     seconds = report.totals.seconds + Seconds(write=time.perf_counter() - start)
     return replace(report, totals=replace(report.totals, seconds=seconds))
 
 
-def commit_tables(tables: dict[str, pa.Table], name: str, output: str) -> None:
-    """Writes the tables of a chunk and makes them visible, images last.
+def commit_tables(tables: dict[str, pa.Table], name: str, output: str, run: dict[str, Any]) -> None:
+    """Writes the tables of a chunk and makes them visible, images last; what fails is tried three times.
 
     Args:
       tables: by their directories, IMAGES_DIR among them.
       name: of the files, from chunk_name.
       output: directory of the labels.
+      run: content of run.json.
+
+    Raises:
+      RunReplaced: see check_run.
+      OSError: it cannot be written.
     """
+    for seconds in (*RETRY_SECONDS, None):
+        try:
+            return _commit_tables(tables, name, output, run)
+        except RunReplaced:
+            raise
+        except Exception as error:
+            if seconds is None:
+                raise OSError(
+                    f"cannot write the chunk {name} to {output}, tried {len(RETRY_SECONDS) + 1} times: "
+                    f"{describe_error(error)}"
+                ) from error
+            time.sleep(seconds)
+
+
+def _commit_tables(tables: dict[str, pa.Table], name: str, output: str, run: dict[str, Any]) -> None:
+    """One try."""
     attempt = uuid.uuid4().hex
-    staged = []
-    for directory in sorted(tables, key=lambda directory: directory == IMAGES_DIR):
-        temporary = FileSystems.join(output, TEMPORARY_DIR, f"{attempt}-{directory}-{name}")
-        _write_file(temporary, tables[directory])
-        staged.append((temporary, FileSystems.join(output, directory, name)))
-    for directory in tables:
-        _make_dirs(FileSystems.join(output, directory))
-    # A chunk that is done again is not committed while its other files change.
-    delete_file(FileSystems.join(output, IMAGES_DIR, name))
-    for temporary, final in staged:
-        FileSystems.rename([temporary], [final])
+    temporaries = {
+        directory: FileSystems.join(output, TEMPORARY_DIR, f"{attempt}-{directory}-{name}")
+        for directory in sorted(tables, key=lambda directory: directory == IMAGES_DIR)
+    }
+    try:
+        for directory, temporary in temporaries.items():
+            _write_file(temporary, tables[directory])
+            _make_dirs(FileSystems.join(output, directory))
+        check_run(output, run)
+        # A chunk that is done again is not committed while its other files change.
+        delete_file(FileSystems.join(output, IMAGES_DIR, name))
+        for directory, temporary in temporaries.items():
+            FileSystems.rename([temporary], [FileSystems.join(output, directory, name)])
+    except Exception:
+        for temporary in temporaries.values():
+            with contextlib.suppress(Exception):  # it may never have been there
+                delete_file(temporary)
+        raise
+
+
+def check_run(output: str, run: dict[str, Any]) -> None:
+    """Checks that the output directory still belongs to this run.
+
+    It is asked right before a chunk becomes visible. A chunk that passes just before the directory is taken is late by
+    a few requests; the new run does it again, since it goes by the id in the report.
+
+    Args:
+      output: directory of the labels.
+      run: content of run.json; without an id, nothing is checked.
+
+    Raises:
+      RunReplaced: it belongs to another one, or was deleted.
+    """
+    if "id" not in run:
+        return
+    path = FileSystems.join(output, RUN_FILE)
+    try:
+        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+            found = json.loads(file.read())
+    except Exception as error:
+        if FileSystems.exists(path):
+            raise
+        raise RunReplaced(
+            f"{path} is gone: somebody deleted or moved the output while labels were written to it."
+        ) from error
+    if found.get("id") != run["id"]:
+        raise RunReplaced(
+            f"{output} belongs to another run since: a later start has replaced {RUN_FILE}, with --overwrite or before "
+            "anything was labeled. This start commits nothing more. Choose another --output for one of the two."
+        )
 
 
 def delete_file(path: str) -> None:
     """Deletes a file, if it is there, on any file system."""
-    if not FileSystems.exists(path):
+    delete_files([path] if FileSystems.exists(path) else [])
+
+
+def delete_files(paths: list[str]) -> None:
+    """Deletes files of one file system that were there a moment ago."""
+    if paths and FileSystems.get_scheme(paths[0]) is not None:
+        FileSystems.delete(paths)
         return
-    if FileSystems.get_scheme(path) is None:
-        os.remove(path)  # Beam would take the name for a pattern
-    else:
-        FileSystems.delete([path])
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)  # Beam would take the name for a pattern
 
 
 def _write_file(path: str, table: pa.Table) -> None:
@@ -164,11 +250,10 @@ def list_tree(path: str) -> list[str]:
 def delete_tree(path: str) -> None:
     """Deletes everything below a directory, on any file system; nothing if there is nothing."""
     if FileSystems.get_scheme(path) is None:
-        if os.path.exists(path):  # Beam would take the names for patterns
-            shutil.rmtree(path)
+        # Beam would take the names for patterns. Another start may be adding to the directory: then it stays.
+        shutil.rmtree(path, ignore_errors=True)
         return
-    if files := list_tree(path):
-        FileSystems.delete(files)
+    delete_files(list_tree(path))
     if FileSystems.exists(path):  # where directories are more than a prefix
         FileSystems.delete([path])
 

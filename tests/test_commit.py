@@ -1,0 +1,354 @@
+"""A reader never sees half a chunk, wherever a commit fails and whatever other starts do meanwhile.
+
+On mem://, where each request is a step of its own and a rename is two. The reader's rule is the README's: a chunk is
+there if its images file is.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.identity import claim_output
+from pipeline.options import UsageError
+from tests.memory_store import STORE
+from tests.test_write import MASK, SHARD, chunk_of, failed, labeled
+from transforms.read import chunk_digest
+from transforms.records import LabeledChunk, Totals
+from transforms.resume import committed_chunks, finished_reports
+from transforms.schema import RUN_KEY
+from transforms.summary import read_json, write_json, write_summary
+from transforms.write import OutputConfig, RunReplaced, chunk_name, commit_chunk
+
+OUTPUT = "mem://bucket/labels"
+RUN: dict[str, Any] = {"root": "/a", "model_fingerprint": "f", "amg": {}, "versions": {}}
+CLAIMED = {**RUN, "id": "1"}
+
+# What a reader sees of a chunk: of each table the rows that differ between the chunks here.
+View = tuple[list[str], list[float]]
+
+
+@pytest.fixture(autouse=True)
+def empty_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    STORE.reset()
+    monkeypatch.setattr("transforms.write.RETRY_SECONDS", (0, 0))
+
+
+def view(index: int = 0) -> View | None:
+    """The chunk as a reader finds it at this moment."""
+    name = chunk_name(SHARD.name, index)
+    objects = dict(STORE.objects)
+    if f"{OUTPUT}/images/{name}" not in objects:
+        return None
+    images, annotations = (
+        pq.read_table(io.BytesIO(objects[f"{OUTPUT}/{kind}/{name}"])) for kind in ("images", "annotations")
+    )
+    return images["status"].to_pylist(), annotations["predicted_iou"].to_pylist()
+
+
+def temporaries() -> list[str]:
+    return [path for path in STORE.objects if path.startswith(f"{OUTPUT}/_tmp/")]
+
+
+OLD, NEW = chunk_of(labeled(0), failed(1)), chunk_of(labeled(0), labeled(1))
+OLD_VIEW: View = (["labeled", "failed"], [0.5])
+NEW_VIEW: View = (["labeled", "labeled"], [0.5, 0.5])
+
+
+def start_from(before: LabeledChunk | None) -> View | None:
+    STORE.reset()
+    write_json(f"{OUTPUT}/run.json", CLAIMED)
+    if before is not None:
+        commit_chunk(before, OUTPUT, CLAIMED)
+    return None if before is None else OLD_VIEW
+
+
+class Gone(Exception):
+    """The store does not answer."""
+
+
+def fail(when: str, first: int, last: int, seen: list[View | None]) -> Callable[[], int]:
+    """Makes requests first..last fail, before or after they are done; looks with a reader's eyes at all of them."""
+    count = 0
+
+    def request(kind: str, path: str) -> None:
+        nonlocal count
+        count += 1
+        seen.append(view())
+        if when == "before" and first <= count <= last:
+            raise Gone(kind)
+
+    def response(kind: str, path: str) -> None:
+        seen.append(view())
+        if when == "after" and first <= count <= last:
+            raise Gone(kind)
+
+    STORE.on_request, STORE.on_response = request, response
+    return lambda: count
+
+
+def heal() -> None:
+    STORE.on_request = STORE.on_response = lambda kind, path: None
+
+
+def num_requests(before: LabeledChunk | None) -> int:
+    start_from(before)
+    count = fail("never", 0, 0, [])
+    commit_chunk(NEW, OUTPUT, CLAIMED)
+    heal()
+    return count()
+
+
+@pytest.mark.parametrize("before", [None, OLD], ids=["first", "again"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_request_that_fails_once_is_made_up_for(before: LabeledChunk | None, when: str) -> None:
+    for number in range(1, num_requests(before) + 1):
+        old = start_from(before)
+        seen: list[View | None] = []
+        fail(when, number, number, seen)
+        commit_chunk(NEW, OUTPUT, CLAIMED)
+        heal()
+        assert view() == NEW_VIEW and not temporaries(), number
+        assert all(found in (None, old, NEW_VIEW) for found in seen)
+
+
+@pytest.mark.parametrize("before", [None, OLD], ids=["first", "again"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_store_that_is_gone_for_good_leaves_a_whole_chunk_or_none(before: LabeledChunk | None, when: str) -> None:
+    told = 0
+    for number in range(1, num_requests(before) + 1):
+        old = start_from(before)
+        seen: list[View | None] = []
+        fail(when, number, 10**9, seen)
+        try:
+            commit_chunk(NEW, OUTPUT, CLAIMED)
+        except OSError as error:
+            told += "Gone" in str(error)
+        heal()
+        assert view() in (None, old, NEW_VIEW)
+        assert all(found in (None, old, NEW_VIEW) for found in seen)
+        # The next start does the chunk again unless it is there, and leaves nothing behind.
+        commit_chunk(NEW, OUTPUT, CLAIMED)
+        assert view() == NEW_VIEW
+        write_summary(Totals(), OUTPUT, CLAIMED)
+        assert not temporaries()
+    assert told >= num_requests(before) - 1  # the last deletion may fail without harm, but is told, too
+
+
+def test_a_commit_that_lost_its_temporary_files_to_another_starts_cleaning_is_done_again() -> None:
+    start_from(None)
+    cleaned: list[str] = []
+
+    def clean(kind: str, path: str) -> None:
+        if kind == "copy" and not cleaned:
+            cleaned.append(path)
+            heal()
+            write_summary(Totals(), OUTPUT, CLAIMED)
+
+    STORE.on_request = clean
+    commit_chunk(NEW, OUTPUT, CLAIMED)
+    assert cleaned and view() == NEW_VIEW and not temporaries()
+
+
+def test_nothing_is_committed_into_a_directory_of_another_run() -> None:
+    start_from(OLD)
+    write_json(f"{OUTPUT}/run.json", {**RUN, "id": "2"})
+    with pytest.raises(RunReplaced, match=r"labels belongs to another run since.*Choose another --output"):
+        commit_chunk(NEW, OUTPUT, CLAIMED)
+    with pytest.raises(RunReplaced):
+        write_summary(Totals(), OUTPUT, CLAIMED)
+    assert view() == OLD_VIEW and not temporaries()
+
+
+def test_nothing_is_committed_into_a_directory_that_was_deleted() -> None:
+    with pytest.raises(RunReplaced, match=r"labels/run\.json is gone"):
+        commit_chunk(NEW, OUTPUT, CLAIMED)
+    assert not STORE.objects
+
+
+def test_a_chunk_of_another_run_is_not_taken_for_finished() -> None:
+    start_from(OLD)
+    shard = replace(SHARD)
+    commit_chunk(replace(NEW, digest=chunk_digest(shard, "/a")), OUTPUT, CLAIMED)
+    config = OutputConfig(OUTPUT)
+    assert [report.index for report in finished_reports(shard, "/a", [0], config, "1")] == [0]
+    assert finished_reports(shard, "/a", [0], config, "2") == []
+
+
+# Two starts at once. Each takes a step when the schedule says so; a step is a request.
+
+
+class Schedule:
+    """Lets one of two threads go on to its next request at a time, by a seeded coin."""
+
+    def __init__(self, seed: int) -> None:
+        self._coin = random.Random(seed)
+        self._condition = threading.Condition()
+        self._turn: str | None = None
+        self._running: dict[str, bool] = {}
+        self.committing: set[str] = set()
+        self.publishing: set[str] = set()
+
+    def step(self, kind: str = "", path: str = "") -> None:
+        name = threading.current_thread().name
+        if name not in self._running:
+            return
+        with self._condition:
+            self._turn = None
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: self._turn == name)
+
+    def run(self, **starts: Callable[[], str]) -> dict[str, str]:
+        """Runs the starts to their ends; returns what each of them returned."""
+        results: dict[str, str] = {}
+
+        def work(name: str, start: Callable[[], str]) -> None:
+            try:
+                self.step()
+                results[name] = start()
+            finally:
+                with self._condition:
+                    del self._running[name]
+                    self._turn = None
+                    self._condition.notify_all()
+
+        self._running = dict.fromkeys(starts, True)
+        threads = [threading.Thread(target=work, args=item, name=item[0]) for item in starts.items()]
+        for thread in threads:
+            thread.start()
+        while True:
+            with self._condition:
+                assert self._condition.wait_for(lambda: self._turn is None, timeout=60)
+                if not self._running:
+                    break
+                self._turn = self._coin.choice(sorted(self._running))
+                self._condition.notify_all()
+                self._condition.wait_for(lambda: self._turn is None, timeout=60)
+        for thread in threads:
+            thread.join()
+        return results
+
+
+NUM_CHUNKS = 2
+
+
+def do_start(schedule: Schedule, name: str, iou: float, overwrite: bool = False) -> str:
+    """What a start does to the output, without a pipeline: claim, look for what is done, commit the rest, sum up."""
+    digest = chunk_digest(SHARD, "/a")
+    mask = replace(MASK, predicted_iou=iou)
+    (other,) = {"x", "y"} - {name}
+    try:
+        run = claim_output(OUTPUT, {**RUN, "amg": {"pred_iou_thresh": iou}}, overwrite)
+        done = finished_reports(
+            SHARD, "/a", committed_chunks(OUTPUT).get(SHARD.name, []), OutputConfig(OUTPUT), run["id"]
+        )
+        for index in sorted(set(range(NUM_CHUNKS)) - {report.index for report in done}):
+            while other in schedule.publishing:  # labeling a chunk takes longer than the few requests of a commit
+                schedule.step()
+            image = replace(labeled(index), masks=(mask,))
+            schedule.committing.add(name)
+            commit_chunk(replace(chunk_of(image, index=index), digest=digest), OUTPUT, run)
+            schedule.committing.discard(name)
+            schedule.publishing.discard(name)
+        write_summary(Totals(images=NUM_CHUNKS), OUTPUT, run)
+    except UsageError:
+        return "refused"
+    except RunReplaced:
+        return "replaced"
+    finally:
+        schedule.publishing.discard(name)
+    return "done"
+
+
+def run_two(seed: int, x: float, y: float, overwrite: bool) -> dict[str, str]:
+    schedule = Schedule(seed)
+
+    def step(kind: str, path: str) -> None:
+        schedule.step()
+        name = threading.current_thread().name
+        if path.endswith("run.json") and name in schedule.committing:
+            schedule.publishing.add(name)  # from the check of the run to the last rename
+
+    STORE.on_request = step
+    results = schedule.run(
+        x=lambda: do_start(schedule, "x", x),
+        y=lambda: do_start(schedule, "y", y, overwrite),
+    )
+    heal()
+    return results
+
+
+def check_rows(ious: tuple[float, ...]) -> None:
+    """All chunks are there, whole, and of one run: the one of run.json."""
+    run = read_json(f"{OUTPUT}/run.json")
+    assert run["amg"]["pred_iou_thresh"] in ious and "clearing" not in run
+    for index in range(NUM_CHUNKS):
+        assert view(index) == (["labeled"], [run["amg"]["pred_iou_thresh"]])
+        footer = pq.read_schema(io.BytesIO(STORE.get(f"{OUTPUT}/images/{chunk_name(SHARD.name, index)}")))
+        assert f'"id": "{run["id"]}"'.encode() in footer.metadata[RUN_KEY]
+    assert not temporaries()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_two_starts_of_one_run_end_in_the_same_rows(seed: int) -> None:
+    assert claim_output(OUTPUT, {**RUN, "amg": {"pred_iou_thresh": 0.5}}, False)["id"]
+    assert run_two(seed, 0.5, 0.5, overwrite=False) == {"x": "done", "y": "done"}
+    check_rows((0.5,))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_of_two_first_starts_one_ends_well_and_the_other_too_or_is_told(seed: int) -> None:
+    results = run_two(seed, 0.5, 0.5, overwrite=False)
+    assert "done" in results.values(), results
+    check_rows((0.5,))
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_starts_of_different_runs_never_mix_their_rows(seed: int, overwrite: bool) -> None:
+    results = run_two(seed, 0.5, 0.25, overwrite)
+    assert "done" in results.values(), results
+    check_rows((0.5, 0.25))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_start_that_overwrites_what_another_goes_on_with_never_mixes_their_rows(seed: int) -> None:
+    do_start(Schedule(0), "x", 0.5)
+    results = run_two(seed, 0.5, 0.25, overwrite=True)
+    assert "done" in results.values(), results
+    check_rows((0.5, 0.25))
+
+
+def test_a_start_that_was_killed_while_deleting_labels_leaves_a_directory_that_the_next_one_clears() -> None:
+    do_start(Schedule(0), "x", 0.5)
+    for number in range(1, 40):
+        before = dict(STORE.objects)
+
+        def dies(kind: str, path: str, left: list[int] = [number]) -> None:  # noqa: B006
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+
+        STORE.on_request = dies
+        try:
+            claim_output(OUTPUT, {**RUN, "amg": {"pred_iou_thresh": 0.25}}, True)
+            break
+        except KeyboardInterrupt:
+            pass
+        heal()
+        if read_json(f"{OUTPUT}/run.json")["amg"] == {"pred_iou_thresh": 0.25}:
+            assert do_start(Schedule(0), "x", 0.25) == "done"
+            check_rows((0.25,))
+        else:
+            assert do_start(Schedule(0), "x", 0.5) == "done"
+            check_rows((0.5,))
+        STORE.objects = before
+    heal()
+    assert number > 8

@@ -1,0 +1,118 @@
+"""Two starts into one directory, as processes: the second says who is there, and both end in the same rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from pipeline.starts import Start, announce_start, withdraw_start
+from tests.conftest import label, read_labels, write_photos
+
+# `maskbeam label` with FakeSam, which takes its time.
+SLOW_LABEL = """
+import sys, time
+from pipeline.cli import _quiet_libraries
+from tests.conftest import label
+from tests.fakes import FakeSam
+
+class Slow(FakeSam):
+    def embed(self, *arguments):
+        time.sleep(0.15)
+        return super().embed(*arguments)
+
+_quiet_libraries()
+sys.exit(label(*sys.argv[1:], load=lambda config: Slow()))
+"""
+
+
+def start(data: Path, output: Path, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SLOW_LABEL, "--input", str(data), "--output", str(output), "--chunk_size", "1"]
+    return subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_images(output: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(list((output / "images").glob("*.parquet"))) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def leave_note(output: Path, host: str, process: int) -> Path:
+    note = output / "_tmp" / "1.start.json"
+    note.parent.mkdir(parents=True)
+    note.write_text(json.dumps(asdict(Start(host, process, "then"))))
+    return note
+
+
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_start_finds_the_note_of_one_that_lives(tmp_path: Path) -> None:
+    note, others = announce_start(str(tmp_path))
+    assert others == []
+    other_note, others = announce_start(str(tmp_path))
+    assert [(other.host, other.process) for other in others] == [(socket.gethostname(), os.getpid())]
+    withdraw_start(note)
+    withdraw_start(note)
+    assert [str(path) for path in (tmp_path / "_tmp").iterdir()] == [other_note]
+
+
+def test_the_note_of_a_killed_start_is_deleted_without_a_word(tmp_path: Path) -> None:
+    note = leave_note(tmp_path, socket.gethostname(), dead_process())
+    assert announce_start(str(tmp_path))[1] == []
+    assert not note.exists()
+
+
+def test_of_another_machine_nothing_is_known(photos: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert label("--input", photos, "--output", output) == 0
+    leave_note(output, "elsewhere", dead_process())
+    assert label("--input", photos, "--output", output) == 0
+    told = capsys.readouterr().err
+    assert "another start may be at work" in told and " on elsewhere, since then" in told
+    assert not (output / "_tmp").exists()
+
+
+def test_a_broken_note_is_no_error(tmp_path: Path) -> None:
+    leave_note(tmp_path, "elsewhere", 1).write_text("{")
+    assert announce_start(str(tmp_path))[1] == []
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("starts") / "data", 24)
+
+
+def test_two_processes_end_in_the_same_rows(data: Path, output: Path, tmp_path: Path) -> None:
+    first = start(data, output)
+    wait_for_images(output, 2)
+    second = start(data, output)
+    told = [process.communicate(timeout=240)[1] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), told
+    assert f"(process {first.pid} on {socket.gethostname()}, since " in told[1]
+    assert "may be at work" not in told[0]
+    assert label("--input", data, "--output", tmp_path / "alone", "--chunk_size", "1") == 0
+    assert read_labels(output) == read_labels(tmp_path / "alone")
+    assert not (output / "_tmp").exists()
+
+
+def test_a_process_whose_labels_are_overwritten_stops_in_one_line(data: Path, output: Path) -> None:
+    first = start(data, output)
+    wait_for_images(output, 2)
+    second = start(data, output, "--overwrite", "--max_masks", "1")
+    told = [process.communicate(timeout=240)[1] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (1, 0), told
+    assert f"{output} belongs to another run since" in told[0] and "Traceback" not in told[0]
+    labels = read_labels(output)
+    assert len(labels.images) == 24 and all(row["num_masks"] <= 1 for row in labels.images)
+    assert not (output / "_tmp").exists()
