@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Collection, Iterator
 
 import apache_beam as beam
@@ -100,14 +101,15 @@ def finished_reports(
     """The reports of the shard's chunks that need not be done again.
 
     Args:
-      committed: indices of the shard's committed chunks.
+      committed: indices of the shard's committed chunks, ascending.
       run_id: of the run; a start of an earlier one may have committed a last chunk after the directory was taken.
 
     Raises:
       InputChanged: the shard changed since.
     """
-    if shard.format == "image":  # such a Shard is one chunk of its directory
-        committed = [index for index in committed if index == shard.first_chunk]
+    if shard.format == "image":  # such a Shard is one chunk of its directory, which may have a hundred thousand
+        place = bisect.bisect_left(committed, shard.first_chunk)
+        committed = [index for index in committed[place : place + 1] if index == shard.first_chunk]
     found = [read_report(config.output, shard.name, index) for index in committed]
     reports = [report for report in found if report is not None and report.run_id == run_id]
     for report in reports:
