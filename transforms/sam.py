@@ -35,6 +35,11 @@ from transforms.sam_layers import Weights
 _MAX_UPSCALE_BATCH = 16
 _MAX_UPSCALE_VALUES = 2**24
 
+# On a CPU the decoder takes so many prompts at a time, and the upscaling as many as make so many values (1 MB) of the
+# largest intermediate: they stay in the cache. With fewer than these, the decoder's products get too small.
+_CPU_PROMPTS = 8
+_CPU_UPSCALE_VALUES = 2**18
+
 # These stay float32 in every precision: norms are computed in float32, and prompt coordinates need all their digits.
 _FLOAT32_WEIGHTS = ("gamma", "beta", "epsilon", "frequencies", "foreground", "padding")
 
@@ -156,13 +161,24 @@ def _first_call_alone(program: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def runs_on_cpu() -> bool:
+    """Whether the backend found no accelerator."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow
+
+        return not tensorflow.config.list_physical_devices("GPU")
+    import jax
+
+    return bool(jax.default_backend() == "cpu")
+
+
 @dataclass(frozen=True)
 class ScoredPrompts:
     """A batch of prompts through the mask decoder, on the device.
 
     Attributes:
       count: prompts in the batch; the rows after them are padding.
-      iou: (points_per_batch, 3) tensor.
+      iou: (P, 3) tensor.
       parts: what upscale_masks needs of the image and of the prompts.
     """
 
@@ -187,7 +203,12 @@ class Sam:
         self.frame_size = encoder_shape.frame_size
         self.low_size = 4 * decoder_shape.grid
         values = self.low_size**2 * backbone.mask_decoder.embedding_dim // 8
-        self._upscale_batch = max(min(_MAX_UPSCALE_VALUES // values, _MAX_UPSCALE_BATCH), 1)
+        upscale_batch = max(min(_MAX_UPSCALE_VALUES // values, _MAX_UPSCALE_BATCH), 1)
+        score_step, upscale_step = None, upscale_batch
+        if runs_on_cpu():
+            score_step, upscale_step = _CPU_PROMPTS, max(min(_CPU_UPSCALE_VALUES // values, upscale_batch), 1)
+        self._score_step = score_step or 1
+        self._upscale_batch = upscale_batch // upscale_step * upscale_step
         encoder = _to_device(encoder_weights, dtype)
         decoder = _to_device(decoder_weights, dtype)
 
@@ -196,10 +217,12 @@ class Sam:
             return embed_context(decoder, decoder_shape, encode_image(encoder, encoder_shape, frame, resized_hw, dtype))
 
         def score(weights: Weights, context: Weights, points: Any) -> tuple[Any, ...]:
-            return predict_iou(weights, decoder_shape, context, points)
+            some = partial(predict_iou, weights, decoder_shape, context)
+            return _in_steps(some, points, score_step or points.shape[0])
 
         def upscale(weights: Weights, *parts: Any) -> Any:
-            return upscale_masks(weights, decoder_shape, *parts)
+            *scored, prompts = parts
+            return _in_steps(partial(upscale_masks, weights, decoder_shape, *scored), prompts, upscale_step)
 
         self._embed = compile_for_backend(embed, (encoder, decoder))
         self._predict_iou = compile_for_backend(score, decoder)
@@ -212,7 +235,7 @@ class Sam:
     def score(self, context: Weights, points_xy: np.ndarray, points_per_batch: int) -> ScoredPrompts:
         """See transforms.amg.Sam."""
         # SAM prompts the middle of a pixel. In double until the last step, as the reference does.
-        points = np.zeros((points_per_batch, 2))
+        points = np.zeros((-(-points_per_batch // self._score_step) * self._score_step, 2))
         points[: len(points_xy)] = (points_xy + 0.5) / self.frame_size
         iou, *parts = self._predict_iou(context, points.astype(np.float32))
         return ScoredPrompts(len(points_xy), iou, (context["upscaling"], *parts))
@@ -231,6 +254,15 @@ class Sam:
             rows_left = len(prompts) - first
             logits[first : first + batch] = ops.convert_to_numpy(part)[:rows_left]
         return logits
+
+
+def _in_steps(function: Callable[[Any], Any], prompts: Any, step: int) -> Any:
+    """Calls a function of prompts (P, ...) that gives tensors (P, ...) on `step` prompts at a time; step divides P."""
+    count = prompts.shape[0]
+    if step >= count:
+        return function(prompts)
+    stepped = ops.map(function, ops.reshape(prompts, (count // step, step, *prompts.shape[1:])))
+    return keras.tree.map_structure(lambda tensor: ops.reshape(tensor, (count, *tensor.shape[2:])), stepped)
 
 
 def _to_device(weights: Any, dtype: str, name: str = "") -> Any:
