@@ -13,7 +13,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-_VERSIONED = ("keras", "keras-hub", "tensorflow", "jax", "torch", "torchvision", "segment-anything-py", "numpy")
+_VERSIONED = (
+    "keras",
+    "keras-hub",
+    "tensorflow",
+    "jax",
+    "torch",
+    "torchvision",
+    "segment-anything-py",
+    "transformers",
+    "numpy",
+)
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "XLA_FLAGS")
 
 
@@ -132,7 +142,7 @@ def device_peak_bytes(side: str) -> int | None:
     """Highest memory in use on the accelerator, as the side's framework counts it; None without one."""
     import keras
 
-    if side == "reference":
+    if side != "ours":
         import torch
 
         return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -118,10 +118,16 @@ def _stand_in_where_missing(package: str, modules: dict[str, dict[str, Callable[
         importlib.import_module(package)
         return False
     except ModuleNotFoundError:
-        for name, functions in modules.items():
-            sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].__dict__.update(functions)
+        sys.modules.update(_make_modules(modules))
         return True
+
+
+def _make_modules(modules: dict[str, dict[str, Callable[..., Any]]]) -> dict[str, types.ModuleType]:
+    """Modules with the given functions, by name."""
+    made = {name: types.ModuleType(name) for name in modules}
+    for name, functions in modules.items():
+        made[name].__dict__.update(functions)
+    return made
 
 
 _TORCHVISION: dict[str, dict[str, Callable[..., Any]]] = {
@@ -157,6 +163,18 @@ from segment_anything.utils.amg import MaskData  # noqa: E402
 if "torchvision" in STAND_INS:
     for _name in _TORCHVISION:
         del sys.modules[_name]
+
+
+@contextmanager
+def importable_torchvision() -> Iterator[None]:
+    """For code that imports torchvision only when it is called: the stand-ins are found while the context is open."""
+    stand_ins = _make_modules(_TORCHVISION) if "torchvision" in STAND_INS else {}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
 
 
 # One row of the weight table: name in torch's state_dict, variable in Keras, whether it is a kernel.

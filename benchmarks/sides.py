@@ -1,4 +1,7 @@
-"""The two sides of a comparison: SamAutomaticMaskGenerator and maskbeam, on the same weights, timed by stage."""
+"""The sides of a comparison: SamAutomaticMaskGenerator and maskbeam, on the same weights, timed by stage.
+
+A third, Hugging Face's pipeline, is in transformers_side.py.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import numpy as np
 
 from benchmarks.models import RANDOM_MODELS, AnsweringSam, Answers, random_backbone
 from benchmarks.photos import chunk_of
-from transforms.amg import AmgConfig, Sam, label_image, layer_point_grids
+from transforms.amg import MASKS_PER_POINT, AmgConfig, Sam, label_image, layer_point_grids
 from transforms.embedded import resolve_preset
 from transforms.frame import resized_hw
 from transforms.images import ImageConfig
@@ -25,19 +28,22 @@ from transforms.threads import host_threads
 
 if TYPE_CHECKING:  # torch, for the reference alone
     from benchmarks.parity import Comparison, Decoded
+    from benchmarks.transformers_side import HuggingFace
 
-SIDES = ("reference", "ours")
+SIDES = ("reference", "ours", "transformers")
 
 
-def load_sides(model: str, dtype: str, config: AmgConfig, names: Sequence[str]) -> tuple[Reference | None, Ours | None]:
+def load_sides(
+    model: str, dtype: str, config: AmgConfig, names: Sequence[str]
+) -> tuple[Reference | None, Ours | None, HuggingFace | None]:
     """The sides that are named, on the same weights."""
     from transforms.sam import Sam as KerasSam
     from transforms.sam import load_sam
 
     synthetic = model in RANDOM_MODELS
     backbone = random_backbone(model) if synthetic else None
-    reference = ours = None
-    if "reference" in names:
+    reference = ours = hugging_face = None
+    if "reference" in names or "transformers" in names:
         from benchmarks import reference as torch_side
 
         start = time.perf_counter()
@@ -48,12 +54,18 @@ def load_sides(model: str, dtype: str, config: AmgConfig, names: Sequence[str]) 
             if "ours" in names:  # KerasHub's initial weights leave out too much for the networks to be compared
                 torch_side.randomize(sam, seed=0)
                 torch_side.load_torch_weights(backbone, sam.state_dict())
-        reference = Reference(sam, config, synthetic, time.perf_counter() - start)
+        if "reference" in names:
+            reference = Reference(sam, config, synthetic, time.perf_counter() - start)
+        if "transformers" in names:
+            from benchmarks.transformers_side import HuggingFace, build_sam_model
+
+            start = time.perf_counter()
+            hugging_face = HuggingFace(build_sam_model(sam), config, synthetic, time.perf_counter() - start)
     if "ours" in names:
         start = time.perf_counter()
         keras_sam = load_sam(model, dtype) if backbone is None else KerasSam(backbone, dtype)
         ours = Ours(keras_sam, config, synthetic, time.perf_counter() - start)
-    return reference, ours
+    return reference, ours, hugging_face
 
 
 @dataclass(frozen=True)
@@ -183,7 +195,10 @@ class Reference:
         stages: defaultdict[str, float] = defaultdict(float)
         network_iou: list[np.ndarray] = []
         gc.collect()
-        with self._timed_stages(generator, stages), self._answering(answers, stages, network_iou):
+        with (
+            timed_stages(self._functions(generator), stages, self._wait),
+            answering(self.sam.mask_decoder, answers, stages, self._wait, network_iou),
+        ):
             start = time.perf_counter()
             records = generator.generate(pixels)
             self._wait()
@@ -204,54 +219,23 @@ class Reference:
         if self.device == "cuda":
             self._torch.cuda.synchronize()
 
-    @contextmanager
-    def _timed_stages(self, generator: Any, stages: defaultdict[str, float]) -> Iterator[None]:
-        """Adds the seconds that the reference spends in its functions to `stages`. None of them calls another."""
+    def _functions(self, generator: Any) -> list[Function]:
         from segment_anything import automatic_mask_generator as amg
 
-        with ExitStack() as stack:
-            for stage, owner, name in (
-                ("resize", generator.predictor.transform, "apply_image"),
-                ("image encoder", self.sam.image_encoder, "forward"),
-                ("prompt encoder", self.sam.prompt_encoder, "forward"),
-                ("mask decoder", self.sam.mask_decoder, "forward"),
-                ("upsampling", self.sam, "postprocess_masks"),
-                ("filters, copies", amg.MaskData, "filter"),
-                ("filters, copies", amg.MaskData, "cat"),
-                ("stability", amg, "calculate_stability_score"),
-                ("boxes", amg, "batched_mask_to_box"),
-                ("RLE", amg, "mask_to_rle_pytorch"),
-                ("RLE", amg, "coco_encode_rle"),
-                ("NMS", amg, "batched_nms"),
-            ):
-                timed = _timed(getattr(owner, name), stage, stages, self._wait)
-                stack.enter_context(mock.patch.object(owner, name, timed))
-            yield
-
-    @contextmanager
-    def _answering(
-        self, answers: Answers | None, stages: defaultdict[str, float], network_iou: list[np.ndarray]
-    ) -> Iterator[None]:
-        """Replaces what the mask decoder returns by the synthetic answers, if there are any."""
-        if answers is None:
-            yield
-            return
-        asked = 0
-
-        def replace_output(module: Any, inputs: Any, output: Any) -> Any:
-            nonlocal asked
-            network_iou.append(output[1].cpu().numpy())
-            batch = np.arange(asked, asked + len(output[1]))
-            asked += len(batch)
-            both = answers.logits(batch), answers.predicted_iou[batch]
-            return tuple(self._torch.from_numpy(array).to(self.device) for array in both)
-
-        timed = _timed(replace_output, "synthetic answers", stages, self._wait)
-        hook = self.sam.mask_decoder.register_forward_hook(timed)
-        try:
-            yield
-        finally:
-            hook.remove()
+        return [
+            ("resize", generator.predictor.transform, "apply_image"),
+            ("image encoder", self.sam.image_encoder, "forward"),
+            ("prompt encoder", self.sam.prompt_encoder, "forward"),
+            ("mask decoder", self.sam.mask_decoder, "forward"),
+            ("upsampling", self.sam, "postprocess_masks"),
+            ("filters, copies", amg.MaskData, "filter"),
+            ("filters, copies", amg.MaskData, "cat"),
+            ("stability", amg, "calculate_stability_score"),
+            ("boxes", amg, "batched_mask_to_box"),
+            ("RLE", amg, "mask_to_rle_pytorch"),
+            ("RLE", amg, "coco_encode_rle"),
+            ("NMS", amg, "batched_nms"),
+        ]
 
     def judge(self, reference: Run, ours: Run, pixels: np.ndarray, answers: Answers | None) -> Comparison:
         """Holds our masks against the reference's by the contract of benchmarks.parity."""
@@ -264,6 +248,59 @@ class Reference:
         compared = parity.compare(reference.masks, ours.masks, judge, self.config)
         self.sam.to(self.device)
         return compared
+
+
+# A function to be timed: its stage, the module or object that has it, and its name there.
+Function = tuple[str, Any, str]
+
+
+@contextmanager
+def timed_stages(
+    functions: Sequence[Function], stages: defaultdict[str, float], wait: Callable[[], None]
+) -> Iterator[None]:
+    """Adds the seconds spent in the functions to `stages`. None of them may call another."""
+    with ExitStack() as stack:
+        for stage, owner, name in functions:
+            timed = _timed(getattr(owner, name), stage, stages, wait)
+            stack.enter_context(mock.patch.object(owner, name, timed))
+        yield
+
+
+@contextmanager
+def answering(
+    mask_decoder: Any,
+    answers: Answers | None,
+    stages: defaultdict[str, float],
+    wait: Callable[[], None],
+    network_iou: list[np.ndarray],
+) -> Iterator[None]:
+    """Replaces what a torch mask decoder returns, masks and predicted IoU, by the synthetic answers, if there are any.
+
+    The predicted IoU that it replaces, (P, 3), are added to `network_iou`.
+    """
+    if answers is None:
+        yield
+        return
+    import torch
+
+    asked = 0
+
+    def replace_output(module: Any, inputs: Any, output: Any) -> Any:
+        nonlocal asked
+        network_iou.append(output[1].cpu().numpy().reshape(-1, MASKS_PER_POINT))
+        batch = np.arange(asked, asked + len(network_iou[-1]))
+        asked += len(batch)
+        both = answers.logits(batch), answers.predicted_iou[batch]
+        return tuple(
+            torch.from_numpy(array).reshape(replaced.shape).to(replaced.device)
+            for array, replaced in zip(both, output, strict=True)
+        )
+
+    hook = mask_decoder.register_forward_hook(_timed(replace_output, "synthetic answers", stages, wait))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _timed(
