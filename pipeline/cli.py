@@ -10,6 +10,7 @@ import sys
 # Each is a module's main(argv); what it does is shown by --help.
 _COMMANDS = {
     "label": ("pipeline.label", "label images with SAM, from shards to Parquet"),
+    "view": ("pipeline.view", "look at labels: an HTML report of photos with their masks, or plain pictures"),
     "certify": (
         "pipeline.certify",
         "compare the masks of a lower precision with those of float32 on a sample of the images",

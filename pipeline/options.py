@@ -31,6 +31,9 @@ _TITLES = {
     "amg": "automatic mask generation (names and defaults of SAM's own generator)",
     "output": "output",
     "certificate": "certificate",
+    "labels": "labels",
+    "sample": "sample",
+    "report": "report",
 }
 
 # Beam's "DirectRunner" first tries to download another runner's binary; this one is in the package and runs in process.

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 PRODUCT = ("pipeline", "transforms")
 
 # Beam stages, and files on Beam's file systems. Every other module works on plain arrays, with or without Beam.
-VERBS = {f"transforms/{name}.py" for name in ("match", "read", "resume", "segment", "write", "summary", "source")}
+VERBS = {f"transforms/{name}.py" for name in ("match", "read", "resume", "segment", "write")}
+VERBS |= {f"transforms/{name}.py" for name in ("summary", "source", "labels", "photos")}
 MODEL = {f"transforms/{path.name}" for path in (ROOT / "transforms").glob("sam*.py")}
 
 
