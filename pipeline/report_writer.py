@@ -194,7 +194,8 @@ def _path(output: Path, kind: str, number: int, extension: str) -> Path:
 
 
 def _write_jpeg(path: Path, pixels: np.ndarray) -> None:
-    Image.fromarray(pixels).save(path, "JPEG", quality=_JPEG_QUALITY)
+    # Colours at full resolution: thin outlines would lose theirs.
+    Image.fromarray(pixels).save(path, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
 
 
 def _write_script(path: Path, script: str) -> None:
