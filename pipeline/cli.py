@@ -11,6 +11,7 @@ import sys
 _COMMANDS = {
     "label": ("pipeline.label", "label images with SAM, from shards to Parquet"),
     "refine": ("pipeline.refine", "choose the masks anew from stored candidates, without the model"),
+    "view": ("pipeline.view", "look at labels: an HTML report of photos with their masks, or plain pictures"),
     "certify": (
         "pipeline.certify",
         "compare the masks of a lower precision with those of float32 on a sample of the images",

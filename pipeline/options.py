@@ -39,6 +39,9 @@ _TITLES = {
     "evaluation": "evaluation",
     "refine": "labels",
     "containment": "masks within masks",
+    "labels": "labels",
+    "sample": "sample",
+    "report": "report",
 }
 
 # Beam's "DirectRunner" first tries to download another runner's binary; this one is in the package and runs in process.

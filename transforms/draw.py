@@ -25,7 +25,7 @@ def draw_masks(pixels: np.ndarray, masks: Sequence[Mask]) -> np.ndarray:
     """Draws masks over a photo, large ones first so that small ones stay visible, each with an outline.
 
     Args:
-      pixels: (H, W, 3) uint8.
+      pixels: (H, W, 3) uint8, the photo at any scale; where it is not the masks', their nearest pixels are taken.
       masks: of this image; mask_color(i) is the colour of masks[i].
 
     Returns:
@@ -33,11 +33,19 @@ def draw_masks(pixels: np.ndarray, masks: Sequence[Mask]) -> np.ndarray:
     """
     canvas = pixels.astype(np.float32)
     for index in sorted(range(len(masks)), key=lambda i: -masks[i].area):
-        mask = rle.counts_to_mask(masks[index].counts, masks[index].size_hw)
+        mask = _scale_mask(rle.counts_to_mask(masks[index].counts, masks[index].size_hw), pixels.shape[:2])
         color = mask_color(index).astype(np.float32)
         canvas[mask] = (1 - _OPACITY) * canvas[mask] + _OPACITY * color
         canvas[_outline(mask)] = color
     return canvas.astype(np.uint8)
+
+
+def _scale_mask(mask: np.ndarray, size_hw: tuple[int, ...]) -> np.ndarray:
+    """The mask at another size, (h, w) bool: of each pixel's centre the pixel of the mask it lies in."""
+    if mask.shape == size_hw:
+        return mask
+    rows, columns = (((np.arange(n) + 0.5) * full / n).astype(int) for n, full in zip(size_hw, mask.shape, strict=True))
+    return mask[np.ix_(rows, columns)]
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:

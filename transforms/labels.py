@@ -110,10 +110,22 @@ def read_chunks(labels: str) -> Iterator[ChunkTables]:
         yield read_chunk(labels, shard, index)
 
 
-def _read_table(path: str, schema: pa.Schema) -> pa.Table:
+def read_image_ids(labels: str, chunks: list[tuple[str, int]]) -> Iterator[str]:
+    """The ids of all images of the chunks, of which nothing else is read.
+
+    Raises:
+      ValueError: a file is damaged, or is not one of ours.
+    """
+    schema = pa.schema([IMAGES.field("image_id")])
+    for shard, index in chunks:
+        path = FileSystems.join(labels, IMAGES_DIR, chunk_name(shard, index))
+        yield from _read_table(path, schema, schema.names)["image_id"].to_pylist()
+
+
+def _read_table(path: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
     try:
         with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-            table = pq.read_table(file)
+            table = pq.read_table(file, columns=columns)
     except (ValueError, OSError, pa.ArrowException) as error:
         first_line = str(error).partition("\n")[0]
         raise ValueError(

@@ -105,6 +105,13 @@ def area_and_bbox_xywh(counts: str, size_hw: tuple[int, int]) -> tuple[int, tupl
     return int(coco_mask.area(rle)), (x, y, w, h)
 
 
+def union_area(masks: list[str], size_hw: tuple[int, int]) -> int:
+    """Pixels that are in at least one of the RLEs."""
+    if not masks:
+        return 0
+    return int(coco_mask.area(coco_mask.merge([{"size": list(size_hw), "counts": counts} for counts in masks])))
+
+
 def iou(one: str, others: list[str], size_hw: tuple[int, int]) -> np.ndarray:
     """Mask IoU of one RLE with each of the others, (N,) float64; 0 for two empty masks."""
     return ious(others, [one], size_hw)[:, 0]
