@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.options import label_parser, parse_label
+from pipeline.options import field_helps, label_parser, parse_label
+from pipeline.view import LabelsConfig, ReportConfig, SampleConfig, parse_view
 from transforms.schema import ANNOTATIONS, IMAGES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+VIEW_COMMANDS = re.findall(r"^\S*maskbeam view (--labels .*)$", README, re.MULTILINE)
 LABEL_COMMANDS = re.findall(r"^\S*maskbeam label (--input .*)$", README, re.MULTILINE)
 
 
@@ -24,7 +26,8 @@ def test_every_field_of_the_output_is_described(field: str) -> None:
 def test_every_flag_exists() -> None:
     known = {option for action in label_parser()._actions for option in action.option_strings}
     beams = {"--direct_num_workers", "--direct_running_mode"}
-    assert set(re.findall(r"`(--\w+)", README)) - known - beams == set()
+    views = {f"--{name}" for config in (LabelsConfig, SampleConfig, ReportConfig) for name in field_helps(config)}
+    assert set(re.findall(r"`(--\w+)", README)) - known - beams - views == set()
 
 
 @pytest.mark.parametrize("command", LABEL_COMMANDS)
@@ -32,8 +35,13 @@ def test_every_label_command_is_understood(command: str) -> None:
     parse_label(shlex.split(command))
 
 
-def test_there_are_label_commands() -> None:
-    assert len(LABEL_COMMANDS) >= 2
+@pytest.mark.parametrize("command", VIEW_COMMANDS)
+def test_every_view_command_is_understood(command: str) -> None:
+    parse_view(shlex.split(command))
+
+
+def test_there_are_commands() -> None:
+    assert len(LABEL_COMMANDS) >= 2 and VIEW_COMMANDS
 
 
 @pytest.mark.parametrize("target", re.findall(r"^make (\w+)$", README, re.MULTILINE))

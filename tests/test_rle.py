@@ -132,3 +132,10 @@ def test_iou(others: list[list[list[int]]], expected: list[float]) -> None:
 
 def test_iou_of_empty_masks_is_zero() -> None:
     assert rle.iou(coco_counts(ZEROS), [coco_counts(ZEROS)], ZEROS.shape).tolist() == [0]
+
+
+@settings(deadline=None)
+@given(arrays(bool, st.tuples(st.integers(0, 4), st.integers(1, 7), st.integers(1, 7))))
+def test_union_area(masks: np.ndarray) -> None:
+    counts = [coco_counts(mask) for mask in masks]
+    assert rle.union_area(counts, masks.shape[1:]) == masks.any(axis=0).sum()
