@@ -43,6 +43,19 @@ def test_colours_are_bright_and_differ() -> None:
     assert all(np.abs(np.subtract(one, following)).max() > 100 for one, following in pairwise(colors))
 
 
+def test_at_another_scale_each_pixel_is_that_of_the_mask_under_its_centre() -> None:
+    """Of 9 columns, 3 have their centres at 1.5, 4.5 and 7.5; of 3 columns, 9 have 3 each."""
+    columns = np.zeros((9, 9), bool)
+    columns[:, 4] = True
+    picture = draw_masks(grey(50, 3, 3), [to_mask(columns)])
+    assert (picture[:, 1] == mask_color(0)).all() and (picture[:, [0, 2]] == 50).all()
+
+    enlarged = draw_masks(grey(50), [to_mask(columns[:3, 3:6])])
+    inside = np.zeros((9, 9), bool)
+    inside[:, 3:6] = True
+    np.testing.assert_array_equal((enlarged != 50).any(axis=2), inside)
+
+
 def test_colour_is_that_of_the_index_whatever_else_is_drawn() -> None:
     one, other = square(0, 2), square(5, 8)
     alone, together = (draw_masks(grey(50), list(map(to_mask, masks))) for masks in ([one], [one, other]))

@@ -17,6 +17,7 @@ from pipeline.import_coco import parse_import
 from pipeline.options import parse_label
 from pipeline.plan import parse_plan
 from pipeline.refine import parse_refine
+from pipeline.view import parse_view
 from transforms.schema import ANNOTATIONS, CANDIDATES, IMAGES
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "import": parse_import,
     "evaluate": parse_evaluate,
     "refine": parse_refine,
+    "view": parse_view,
 }
 
 

@@ -209,3 +209,10 @@ def test_share_within_is_of_the_first() -> None:
     assert rle.share_within(small, [large, small], (4, 4)).tolist() == [1.0, 1.0]
     assert rle.share_within(large, [small], (4, 4)).tolist() == [0.4]  # 4 of 10 pixels
     assert rle.share_within(large, [], (4, 4)).tolist() == []
+
+
+@settings(deadline=None)
+@given(arrays(bool, st.tuples(st.integers(0, 4), st.integers(1, 7), st.integers(1, 7))))
+def test_union_area(masks: np.ndarray) -> None:
+    counts = [coco_counts(mask) for mask in masks]
+    assert rle.union_area(counts, masks.shape[1:]) == masks.any(axis=0).sum()

@@ -34,9 +34,13 @@ def draw_masks(pixels: np.ndarray, masks: Sequence[Mask]) -> np.ndarray:
     canvas = pixels.astype(np.float32)
     for index in sorted(range(len(masks)), key=lambda i: -masks[i].area):
         mask = _scale_mask(rle.counts_to_mask(masks[index].counts, masks[index].size_hw), pixels.shape[:2])
-        color = mask_color(index).astype(np.float32)
-        canvas[mask] = (1 - _OPACITY) * canvas[mask] + _OPACITY * color
-        canvas[_outline(mask)] = color
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if not len(rows):
+            continue
+        window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        mask, drawn, color = mask[window], canvas[window], mask_color(index).astype(np.float32)
+        drawn[mask] = (1 - _OPACITY) * drawn[mask] + _OPACITY * color
+        drawn[_outline(mask)] = color
     return canvas.astype(np.uint8)
 
 
@@ -45,7 +49,7 @@ def _scale_mask(mask: np.ndarray, size_hw: tuple[int, ...]) -> np.ndarray:
     if mask.shape == size_hw:
         return mask
     rows, columns = (((np.arange(n) + 0.5) * full / n).astype(int) for n, full in zip(size_hw, mask.shape, strict=True))
-    return mask[np.ix_(rows, columns)]
+    return mask[:, columns][rows]  # in two steps: decoded masks are column by column in memory
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:

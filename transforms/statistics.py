@@ -50,7 +50,7 @@ class Histogram:
         if not len(finite):
             return
         # float32 0.95 is a little less than 0.95: it belongs to the bin that begins there.
-        bins, counts = np.unique(np.floor(finite / self.step + 1e-6).astype(int), return_counts=True)
+        bins, counts = np.unique(np.floor(finite / self.step + 1e-4).astype(int), return_counts=True)
         self.counts.update(dict(zip(bins.tolist(), counts.tolist(), strict=True)))
         self.low, self.high = min(self.low, float(finite.min())), max(self.high, float(finite.max()))
         self.total += float(finite.sum())
@@ -133,7 +133,7 @@ class Statistics:
         self.statuses[image["status"]] += 1
         self.candidates += image["num_candidates"]
         for name in (f.name for f in fields(Dropped)):
-            self.dropped[name] += image[f"dropped_{name}"]
+            self.dropped[name] += image.get(f"dropped_{name}", 0)  # labels of earlier versions lack later filters
         if image["status"] == "failed":
             return
         self.masks += len(masks)

@@ -131,7 +131,7 @@ maskbeam.image = (() => {
       ["Area", `${format(mask.area)} px, ${percent(mask.share)}`],
     ];
     if ("rank" in mask) facts.push(["Rank", mask.rank ?? "none"]);
-    if ("parent_id" in mask) facts.push(["Parent", mask.parent_id ?? "none"]);
+    if (masks.some((other) => Number.isInteger(other.parent_id))) facts.push(["Parent", mask.parent_id ?? "none"]);
     panel.replaceChildren(
       element("h2", {}, [swatch(mask), `Mask ${mask.id}`]),
       element("dl", {}, facts.map(([name, value]) =>

@@ -44,8 +44,9 @@ window.maskbeam = (() => {
     });
     if (!starts.length) return null;
 
-    const toRow = (y) => Math.ceil((y * canvas.height) / size.height - 0.5);
-    const toColumn = (x) => Math.ceil((x * canvas.width) / size.width - 0.5);
+    // The first row and column of the canvas whose centre is not before a row and column of the image.
+    const toRow = (y) => Math.max(Math.ceil((y * canvas.height) / size.height - 0.5), 0);
+    const toColumn = (x) => Math.max(Math.ceil((x * canvas.width) / size.width - 0.5), 0);
     const left = toColumn(Math.floor(starts[0] / size.height));
     const right = toColumn(Math.floor((ends[ends.length - 1] - 1) / size.height) + 1);
     const spans = []; // column, first row, last row + 1

@@ -20,7 +20,7 @@ maskbeam.statistics = (() => {
     { name: "stability_score", title: "Stability score", axis: "stability score", unit: "mask", tell: decimals(2) },
     { name: "coverage", title: "Coverage", axis: "part of the image under masks", unit: "image", tell: percent },
   ];
-  // In the order of the filters; the names are those of the images table, without "dropped_".
+  // The names are those of the images table, without "dropped_".
   const reasons = {
     predicted_iou: "Low predicted IoU",
     stability: "Low stability",
@@ -29,6 +29,7 @@ maskbeam.statistics = (() => {
     crop_nms: "Duplicates between crops",
     small_region: "Duplicates after cleaning",
     area: "Limits of the area",
+    containment: "Within or around another",
     max_masks: "Beyond the largest number",
   };
 
@@ -153,7 +154,7 @@ maskbeam.statistics = (() => {
 
   // What became of the candidates: bars from the left, kept masks first.
   function becameOf(candidates, masks) {
-    const rows = [["Kept", masks], ...Object.entries(reasons).map(([name, told]) => [told, statistics.dropped[name] ?? 0])].filter(
+    const rows = [["Kept", masks], ...Object.entries(statistics.dropped).map(([name, count]) => [reasons[name] ?? name, count])].filter(
       ([name, count]) => count || name === "Kept",
     );
     const part = (count) => (candidates ? percent(count / candidates) : "0 %");
