@@ -1,4 +1,4 @@
-"""What the README says is so: its fields, its flags, its commands."""
+"""What the README and the pages in docs/ say is so: fields, flags, commands, links."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from pipeline.view import parse_view
 from transforms.schema import ANNOTATIONS, CANDIDATES, IMAGES
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^(?:\$ )?\.venv/bin/maskbeam (\w+) (.*)$", README, re.MULTILINE)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+README = PAGES[0].read_text()
+TEXT = "\n".join(page.read_text() for page in PAGES)
+COMMANDS = re.findall(r"^(?:\$ )?\.venv/bin/maskbeam (\w+) (.*)$", TEXT, re.MULTILINE)
+LINKS = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#]+)\)", page.read_text())]
 PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "label": parse_label,
     "plan": parse_plan,
@@ -42,13 +45,13 @@ def flags_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
 
 @pytest.mark.parametrize("field", [*ANNOTATIONS.names, *IMAGES.names, *CANDIDATES.names])
 def test_every_field_of_the_output_is_described(field: str) -> None:
-    assert f"`{field}`" in README
+    assert f"`{field}`" in TEXT
 
 
 def test_every_flag_exists(capsys: pytest.CaptureFixture[str]) -> None:
     known = set().union(*(flags_of(command, capsys) for command in cli._COMMANDS))
     beams = {"--direct_num_workers", "--direct_running_mode", "--s3_endpoint_url"}
-    assert set(re.findall(r"`(--\w+)", README)) - known - beams == set()
+    assert set(re.findall(r"`(--\w+)", TEXT)) - known - beams == set()
 
 
 @pytest.mark.parametrize(("command", "flags"), COMMANDS)
@@ -67,6 +70,6 @@ def test_every_make_target_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
-def test_every_link_leads_somewhere(link: str) -> None:
-    assert link.startswith("https://") or (ROOT / link).exists()
+@pytest.mark.parametrize(("page", "link"), LINKS)
+def test_every_link_leads_somewhere(page: Path, link: str) -> None:
+    assert link.startswith("https://") or (page.parent / link).exists()
