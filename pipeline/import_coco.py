@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pipeline.identity import claim_output, versions
 from pipeline.options import UsageError, parse_job
 from pipeline.run import EXIT_DONE, EXIT_FAILED
-from transforms.coco import add_coco_columns, coco_to_image, group_by_image
+from transforms.coco import add_coco_columns, check_categories, coco_to_image, group_by_image
 from transforms.match import InputConfig, absolute, shard_name
 from transforms.records import ChunkReport, LabeledChunk, Shard, SourceFile, Totals
 from transforms.schema import chunk_to_tables
@@ -97,7 +97,8 @@ def run_import(config: ImportConfig) -> int:
         if not isinstance(about, dict):
             raise ValueError("expected an object with images, annotations and categories")
         records = about.get("annotations") if isinstance(content, dict) else content
-        grouped = group_by_image(about.get("images"), records, about.get("categories"))
+        grouped = group_by_image(about.get("images"), records)
+        check_categories([record for _, annotations in grouped for record in annotations], about.get("categories"))
         images = [
             coco_to_image(image, row, annotations)
             for row, (image, annotations) in enumerate(_progress(grouped, "image"))
