@@ -226,6 +226,11 @@ def change_settings(run: dict[str, Any], changes: dict[str, Any], labels: str) -
     Raises:
       ValueError: there are no candidates, or a change cannot be decided from them.
     """
+    if "imported" in run:
+        raise ValueError(
+            f"{labels} was imported and has no candidates: there is nothing to choose from. Label the images with "
+            "`maskbeam label --keep_candidates`."
+        )
     try:
         before = AmgConfig.from_dict(run["amg"])
     except (TypeError, KeyError) as error:

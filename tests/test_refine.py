@@ -354,6 +354,10 @@ def test_labels_without_candidates_are_refused(
     assert f"was refined from {kept}: refine that again" in capsys.readouterr().err
     assert refine(tmp_path / "none", tmp_path / "out") == 2
     assert "holds no labels" in capsys.readouterr().err
+    (tmp_path / "truth.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    assert cli.main(["import", "--annotations", f"{tmp_path}/truth.json", "--output", f"{tmp_path}/imported"]) == 0
+    assert refine(tmp_path / "imported", tmp_path / "out") == 2
+    assert "was imported and has no candidates" in capsys.readouterr().err
 
 
 # Going on.

@@ -104,7 +104,7 @@ def test_a_file_that_is_no_truth_is_an_error(content: Any, told: str) -> None:
         ({"segmentation": {"size": [10, 12], "counts": "22"}}, "the runs have 4 pixels"),
         (
             {"segmentation": {"size": [10, 12], "counts": [10**30]}},
-            "the runs have 1000000000000000000000000000000 pixels",
+            "the runs have 10{30} pixels",
         ),
         ({"segmentation": {"size": [10, 12]}}, "neither a list of polygons nor an RLE"),
         ({"segmentation": {"size": [10, 12], "counts": [True, 119]}}, "neither a string nor a list of whole numbers"),

@@ -92,9 +92,9 @@ def parse_instances(content: Any) -> dict[str, TruthImage]:
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise ValueError(f'it has no list "{name}"; expected COCO instances JSON')
     truth: dict[str, TruthImage] = {}
-    for image, annotations in group_by_image(content["images"], content["annotations"]):
+    for image, own in group_by_image(content["images"], content["annotations"]):
         name, size_hw = name_and_size(image)
         if name in truth:
             raise ValueError(f"it has two images with the file_name {name}: ids {truth[name].image_id}, {image['id']}")
-        truth[name] = TruthImage(image["id"], name, size_hw, tuple(annotations))
+        truth[name] = TruthImage(image["id"], name, size_hw, tuple(own))
     return truth
