@@ -215,12 +215,19 @@ def parse_changes(
 
 
 def _given(config: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Those of a config's fields that were given as flags."""
-    return {
-        field.name: tuple(values[field.name]) if isinstance(values[field.name], list) else values[field.name]
-        for field in fields(config)
-        if field.name in values
-    }
+    """Those of a config's fields that were given as flags.
+
+    Raises:
+      UsageError: a value is the empty string, as of a variable of the shell that is not set.
+    """
+    given = {}
+    for field in fields(config):
+        value = values.get(field.name)
+        if value is not None:
+            if "" in (value if isinstance(value, list) else [value]):
+                raise UsageError(f"--{field.name} is empty. Give it a value, or leave it out.")
+            given[field.name] = tuple(value) if isinstance(value, list) else value
+    return given
 
 
 def _build_job(job: type[J], values: dict[str, Any]) -> J:

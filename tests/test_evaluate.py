@@ -397,7 +397,7 @@ def test_a_truth_that_does_not_fit_is_an_error(
         (["--truth", "t.json", "--seed", "-1"], "seed must be at least 0"),
         (["--truth", "t.json", "--plot", "x.jpg"], "plot is x.jpg"),
         (["--against", "other", "--plot", "x.png"], "--truth beside it"),
-        (["--against", "no/labels"], "no finished chunk"),
+        (["--against", "no/labels"], "no/labels holds no labels: there is no run.json"),
         (["--against", "no/labels", "--json", "{labels}"], "cannot write --json"),
     ],
 )

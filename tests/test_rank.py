@@ -60,7 +60,7 @@ def test_every_mask_has_a_rank_of_its_own_and_rounding_changes_none(scores: list
     ranks = rank_masks([iou for iou, _ in scores], [stability for _, stability in scores], areas)
     assert sorted(ranks) == list(range(len(scores)))
     stored = np.array(scores, np.float32).reshape(-1, 2)
-    assert (rank_masks(*stored.T, areas) == ranks).all()
+    assert (rank_masks(stored[:, 0].tolist(), stored[:, 1].tolist(), areas) == ranks).all()
     by_rank = stored.astype(float)[np.argsort(ranks)].prod(axis=1)
     numbers = by_rank[~np.isnan(by_rank)]
     assert np.isnan(by_rank[len(numbers) :]).all() and (np.diff(numbers) <= 0).all()

@@ -219,7 +219,9 @@ def name_and_size(record: dict[str, Any]) -> tuple[str, tuple[int, int]]:
     Raises:
       ValueError: it does not have them, or has them wrong.
     """
-    name, width, height = (record.get(key) for key in ("file_name", "width", "height"))
+    name: Any = record.get("file_name")
+    width: Any = record.get("width")
+    height: Any = record.get("height")
     if not _is_text(name):
         raise ValueError(f"the image with id {record['id']!r} has file_name {name!r}; expected text, not empty")
     if not all(type(side) is int and 0 < side <= _INT32_MAX for side in (width, height)):

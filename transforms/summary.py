@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
 
 import apache_beam as beam
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from transforms.records import ChunkReport, Totals
-from transforms.write import TEMPORARY_DIR, delete_tree
+from transforms.write import TEMPORARY_DIR, delete_file, delete_tree
 
 SUMMARY_FILE = "summary.json"
 
@@ -24,10 +25,21 @@ def sum_totals(totals: Iterable[Totals]) -> Totals:
 
 def write_json(path: str, content: dict[str, Any]) -> None:
     """Writes a JSON file on any Beam file system, replacing it as a whole."""
-    temporary = f"{path}.{uuid.uuid4().hex}"
-    with FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+    with replace_file(path) as file:
         file.write(json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
-    FileSystems.rename([temporary], [path])
+
+
+@contextlib.contextmanager
+def replace_file(path: str) -> Iterator[IO[bytes]]:
+    """A file to write, on any Beam file system, that gets its name when all is written, and else is deleted."""
+    temporary = f"{path}.{uuid.uuid4().hex}"
+    try:
+        with FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+            yield file
+        FileSystems.rename([temporary], [path])
+    except BaseException:
+        delete_file(temporary)
+        raise
 
 
 def read_json(path: str) -> dict[str, Any]:
