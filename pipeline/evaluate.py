@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -48,23 +48,23 @@ class EvaluateConfig:
     """What is compared, and where the result goes.
 
     Attributes:
-      labels: directory of the labels, on any Beam file system.
+      labels: directory of labels, as `label`, `refine` or `import` writes it, on any Beam file system.
       truth: COCO instances JSON, masks as polygons or RLE. An image of it is the one of the labels whose image_id or
         file_name is its file_name, letter by letter.
       against: directory of other labels of the same images, instead of a truth. Images are the same by their image_id.
       allow_missing: evaluate the images that labels and truth have in common, instead of refusing if one lacks some.
-      rank_by: the order of an image's masks, which decides about the first 10, 100 and 1000: rank, or predicted_iou,
-        the highest first, equal ones by mask_index.
-      seed: of the bootstrap.
+      rank_by: column that orders an image's masks, which decides about the first 10, 100 and 1000: rank, the lowest
+        first, or predicted_iou, the highest first, equal ones by mask_index.
+      seed: of the bootstrap: another one draws other samples of the images.
       json: file for the whole result, with a row for each image, on any Beam file system; replaced if it exists.
-      plot: PNG file for recall over the IoU and AR by size, likewise.
+      plot: PNG file for recall over the IoU and AR by size, on any Beam file system; replaced if it exists.
     """
 
     labels: str
     truth: str | None = None
     against: str | None = None
     allow_missing: bool = False
-    rank_by: str = "rank"
+    rank_by: Literal["rank", "predicted_iou"] = "rank"
     seed: int = 0
     json: str | None = None
     plot: str | None = None

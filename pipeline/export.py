@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from apache_beam.io.filesystems import FileSystems
 from PIL import Image
@@ -42,17 +42,17 @@ class ExportConfig:
     """What is written where.
 
     Attributes:
-      labels: directory that `maskbeam label` or `maskbeam import` wrote, on any Beam file system.
+      labels: directory of labels, as `label`, `refine` or `import` writes it, on any Beam file system.
       format: coco, an instances file; sa1b, a JSON file an image; yolo, a text file an image for segmentation; png, a
         16-bit picture an image, with the mask of each pixel.
       output: a file for coco, on any Beam file system; a local directory for the others.
       polygons: write polygons instead of RLE, for tools that need them (coco only). They fill holes; how much that
         changes is printed.
-      overwrite: replace what an earlier export left in output.
+      overwrite: delete what an earlier export left in output and start anew.
     """
 
     labels: str
-    format: str
+    format: Literal["coco", "sa1b", "yolo", "png"]
     output: str
     polygons: bool = False
     overwrite: bool = False

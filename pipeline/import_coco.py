@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
@@ -35,16 +35,16 @@ class ImportConfig:
     """What becomes labels.
 
     Attributes:
-      annotations: COCO instances file (JSON), or a list of results, which needs images_from.
+      annotations: COCO instances file (JSON), or a list of results, which needs --images_from; on any Beam file system.
       output: directory of the labels, on any Beam file system.
-      format: coco.
-      images_from: instances file that has the images and categories of a list of results.
-      overwrite: delete the labels that are in output.
+      format: that of the annotations.
+      images_from: COCO instances file with the images and categories of a list of results.
+      overwrite: delete the labels that an earlier run left in output and start anew.
     """
 
     annotations: str
     output: str
-    format: str = "coco"
+    format: Literal["coco"] = "coco"
     images_from: str | None = None
     overwrite: bool = False
 

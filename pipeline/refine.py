@@ -49,8 +49,8 @@ class RefineConfig:
     """Which labels become which.
 
     Attributes:
-      labels: directory that `maskbeam label --keep_candidates` wrote, on any Beam file system.
-      output: another directory, for the new labels.
+      labels: directory of labels, as `label --keep_candidates` writes it, on any Beam file system.
+      output: directory of the new labels, on any Beam file system; not in that of the old ones.
       overwrite: delete the labels that an earlier run left in output and start anew.
     """
 

@@ -186,7 +186,7 @@ def datasets(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 @given(datasets())
 def test_the_round_trip_loses_nothing_of_rle(dataset: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as name:

@@ -421,7 +421,7 @@ def test_lost_candidates_are_named(kept: Path, tmp_path: Path, capsys: pytest.Ca
     assert f"{lost} cannot be read" in error and "run the same command to go on" in error
     lost.write_bytes((kept / "candidates" / lost.name).read_bytes()[:-9])
     assert refine(labels, tmp_path / "out") == 1
-    assert f"cannot read {lost}" in capsys.readouterr().err
+    assert f"{lost} cannot be read" in capsys.readouterr().err
     shutil.copy(kept / "candidates" / lost.name, lost)
     assert refine(labels, tmp_path / "out") == 0
     assert "is not finished" in capsys.readouterr().out

@@ -66,7 +66,7 @@ class AmgConfig(SelectionConfig):
     """Parameters of automatic mask generation: the reference's, by its names and defaults, then ours.
 
     Attributes:
-      points_per_side: grid points along one side of the image. None if point_grids is given.
+      points_per_side: grid points along one side of the image. Not with point_grids.
       points_per_batch: prompts decoded at once; a memory knob that results do not depend on.
       stability_score_offset: shift of the threshold, each way, in logits, for the stability score.
       crop_n_layers: layers of crops beside the full image: 1 costs 5 passes through the image encoder, 2 cost 21.
@@ -76,10 +76,10 @@ class AmgConfig(SelectionConfig):
       mask_threshold: logit above which a pixel belongs to the mask.
       keep_candidates: store the masks as they are before duplicates are removed, too, so that `maskbeam refine` can
         decide again without the model.
-      candidate_pred_iou_thresh: bar of the stored candidates: their predicted IoU is greater. At most pred_iou_thresh;
-        None = 0.8 times that.
-      candidate_stability_score_thresh: likewise: they are at least this stable. At most stability_score_thresh; None =
-        0.8 times that.
+      candidate_pred_iou_thresh: bar of the stored candidates: their predicted IoU is greater. At most pred_iou_thresh.
+        Default: 0.8 times that.
+      candidate_stability_score_thresh: likewise: they are at least this stable. At most stability_score_thresh.
+        Default: 0.8 times that.
     """
 
     points_per_side: int | None = 32
