@@ -1,4 +1,4 @@
-"""CONTAINMENT: masks within masks of one image: which to keep, and whose part each is.
+"""CONTAIN: masks within masks of one image: which to keep, and whose part each is.
 
 SAM answers a point with a whole, a part and a subpart, so that one object is often labeled at several levels.
 """

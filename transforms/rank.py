@@ -1,4 +1,4 @@
-"""The order of an image's masks for those who want only the first few: the likeliest objects first.
+"""RANK: the order of an image's masks for those who want only the first few: the likeliest objects first.
 
 The masks' own order is that of the reference's generator, which says little: after crops it goes by the crop's size.
 Masks are ranked by the product of predicted IoU and stability score. The SAM paper (arXiv:2304.02643, zero-shot object

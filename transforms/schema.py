@@ -185,7 +185,7 @@ def annotation_rows(image: LabeledImage) -> list[dict[str, Any]]:
 
 
 def row_to_mask(row: dict[str, Any]) -> Mask:
-    """Inverse of annotation_rows for one row. Needs no rank: labels from before it was stored have none."""
+    """Inverse of annotation_rows for one row."""
     height, width = row["segmentation"]["size"]
     x, y, w, h = row["bbox"]
     crop_x, crop_y, crop_w, crop_h = row["crop_box"]
@@ -199,7 +199,7 @@ def row_to_mask(row: dict[str, Any]) -> Mask:
         stability_score=row["stability_score"],
         point_xy=(point_x, point_y),
         crop_box_xywh=(crop_x, crop_y, crop_w, crop_h),
-        parent_id=row.get("parent_id"),  # labels of earlier versions have no such column
+        parent_id=row["parent_id"],
     )
 
 
