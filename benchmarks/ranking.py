@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from transforms import boxes, rle
+from transforms.containment import find_contained
 from transforms.labels import read_chunks
 from transforms.recall import MAX_PROPOSALS, Figure, ImageRecall, bootstrap_means, image_recall
 from transforms.records import Mask
@@ -125,7 +125,7 @@ def deduplicate(candidates: list[Mask], truth: TruthImage) -> Masks:
     masks, all_xywh, bbox_xywh = [candidates[i] for i in keep], bbox_xywh, bbox_xywh[keep]
     objects = truth.objects()
     counts = [mask.counts for mask in masks]
-    inside = _contained(masks)
+    inside = find_contained(masks, CONTAINED)
     return Masks(
         predicted_iou=scores[keep],
         stability_score=np.array([mask.stability_score for mask in masks]),
@@ -137,16 +137,6 @@ def deduplicate(candidates: list[Mask], truth: TruthImage) -> Masks:
         box_ious=rle.box_ious(bbox_xywh, np.array([one.bbox_xywh for one in objects]).reshape(-1, 4)),
         object_areas=np.array([one.area for one in objects]),
     )
-
-
-def _contained(masks: list[Mask]) -> np.ndarray:
-    """(N, N) bool: whether mask i lies within mask j, which is larger."""
-    rles = [{"size": list(mask.size_hw), "counts": mask.counts} for mask in masks]
-    if not rles:
-        return np.zeros((0, 0), bool)
-    within = coco_mask.iou(rles, rles, [1] * len(rles)) >= CONTAINED  # for a crowd it is a share of the first mask
-    areas = np.array([mask.area for mask in masks])
-    return within & (areas[:, None] < areas)
 
 
 def recall_of(masks: Masks, ranking: Callable[[Masks], np.ndarray]) -> ImageRecall:

@@ -5,15 +5,14 @@ Both are read chunk by chunk, and may be cut into chunks differently: images are
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from tqdm import tqdm
-
 from pipeline.options import UsageError
+from pipeline.progress import progress_bar
+from pipeline.results import escape_controls, format_mean, format_share, format_table
 from transforms.agreement import MATCH_IOU, compare_masks
 from transforms.labels import list_chunks, read_chunk, read_chunks
 from transforms.records import Mask
@@ -111,9 +110,7 @@ def _compare(labels: str, against: str, place: dict[str, tuple[str, int]]) -> Co
 
     compared, failed, only_in_labels = {}, {}, []
     not_seen = set(place)
-    for shard, index in tqdm(
-        list_chunks(labels), unit="chunk", dynamic_ncols=True, file=sys.stderr, disable=not sys.stderr.isatty()
-    ):
+    for shard, index in progress_bar(list_chunks(labels), unit="chunk"):
         for image in _images(labels, shard, index):
             if image.image_id not in place:
                 only_in_labels.append(image.image_id)
@@ -158,32 +155,26 @@ def format_comparison(comparison: Comparison, labels: str, against: str) -> str:
     """What the command prints."""
     total = sum(comparison.images.values(), ComparedMasks())
     means = total.to_dict()
-    lines = [f"failed in {where}: {image_id}" for image_id, where in comparison.failed.items()]
-    table: list[tuple[str, int | float | None, str]] = [
-        ("images in both", len(comparison.images) + len(comparison.failed), ""),
-        ("  failed in one or both, not compared", len(comparison.failed), ""),
-        ("  without a lost or new mask", comparison.unchanged, _share(comparison.unchanged, len(comparison.images))),
-        (f"images only in {labels}", len(comparison.only_in_labels), ""),
-        (f"images only in {against}", len(comparison.only_in_against), ""),
-        (f"masks in {against}", total.masks_against, ""),
-        (f"  matched at IoU >= {MATCH_IOU}", total.matched, _share(total.matched, total.masks_against)),
-        ("  lost", total.lost, _share(total.lost, total.masks_against)),
-        (f"masks in {labels}", total.masks, ""),
-        ("  new", total.new, _share(total.new, total.masks)),
-        ("mean IoU of the matched masks", means["mean_matched_iou"], ""),
-        (f"mean best IoU of all masks in {against}", means["mean_best_iou"], ""),
+    lines = [escape_controls(f"failed in {where}: {image_id}") for image_id, where in comparison.failed.items()]
+    table = [
+        ("images in both", str(len(comparison.images) + len(comparison.failed)), ""),
+        ("  failed in one or both, not compared", str(len(comparison.failed)), ""),
+        (
+            "  without a lost or new mask",
+            str(comparison.unchanged),
+            format_share(comparison.unchanged, len(comparison.images)),
+        ),
+        (f"images only in {labels}", str(len(comparison.only_in_labels)), ""),
+        (f"images only in {against}", str(len(comparison.only_in_against)), ""),
+        (f"masks in {against}", str(total.masks_against), ""),
+        (f"  matched at IoU >= {MATCH_IOU}", str(total.matched), format_share(total.matched, total.masks_against)),
+        ("  lost", str(total.lost), format_share(total.lost, total.masks_against)),
+        (f"masks in {labels}", str(total.masks), ""),
+        ("  new", str(total.new), format_share(total.new, total.masks)),
+        ("mean IoU of the matched masks", format_mean(means["mean_matched_iou"]), ""),
+        (f"mean best IoU of all masks in {against}", format_mean(means["mean_best_iou"]), ""),
     ]
-    width = max(len(name) for name, _, _ in table) + 2
-    lines += [f"{name:<{width}}{_told(value):>10}{share:>9}".rstrip() for name, value, share in table]
-    return "\n".join(lines)
-
-
-def _told(value: int | float | None) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else ""
+    return "\n".join([*lines, *format_table(table)])
 
 
 def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:

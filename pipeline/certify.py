@@ -9,34 +9,30 @@ from __future__ import annotations
 import hashlib
 import heapq
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import Any, TypeVar
-
-from tqdm import tqdm
+from typing import Any
 
 from pipeline.identity import default_backend, model_fingerprint
 from pipeline.options import UsageError, parse_job
+from pipeline.progress import progress_bar
+from pipeline.results import escape_controls, format_mean, format_share, format_table, write_result
 from pipeline.run import EXIT_DONE, EXIT_FAILED
 from transforms.agreement import MATCH_IOU, Agreement, compare_masks
 from transforms.amg import CANDIDATE_SETTINGS, AmgConfig, Sam, Submit, call_now, label_image
 from transforms.images import ImageConfig, ImageError, decode_image
-from transforms.match import InputConfig, Matched, absolute, match_shards
+from transforms.match import InputConfig, Matched, match_shards
 from transforms.read import ReadConfig, read_images, relative_path
 from transforms.records import EncodedImage, Failure
 from transforms.segment import LoadSam, ModelBroken, ModelConfig, load_model, use_backend
 from transforms.source import describe_error
-from transforms.summary import write_json
 from transforms.threads import host_threads
 
 _DESCRIPTION = (
     "Labels a sample of the images in float32 and in a lower precision and compares the masks. Run it on the kind of "
     "device that will label: rounding differs between them."
 )
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,8 +73,6 @@ class CertificateConfig:
             raise ValueError(f"images is {self.images}; expected at least 1 image.")
         if not 0 <= self.max_changed <= 1:
             raise ValueError(f"max_changed must be a fraction between 0 and 1, got {self.max_changed}")
-        if self.json == "":
-            raise ValueError("json is empty; expected the name of a file. Leave it out to print the table only.")
 
 
 @dataclass(frozen=True)
@@ -200,7 +194,9 @@ def run_certify(job: CertifyJob, load: LoadSam = load_model) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         raise UsageError(str(error)) from error
     described = _describe_job(job, matched)
-    _write_json(job, described)  # without a result yet: that it cannot be written is told now, not after the work
+    write_result(
+        job.certificate.json, described
+    )  # without a result yet: that it cannot be written is told now, not after the work
     try:
         float32, low_precision = load(ModelConfig(job.model.model, "float32")), load(job.model)
     except ValueError as error:
@@ -211,14 +207,14 @@ def run_certify(job: CertifyJob, load: LoadSam = load_model) -> int:
         with host_threads() as threads:
             images = tuple(
                 compare_image(image, float32, low_precision, job.images, job.amg, threads.submit)
-                for image in _with_progress(drawn, "image")
+                for image in progress_bar(drawn, unit="image")
             )
     except ModelBroken as error:
         print(f"maskbeam: {error}", file=sys.stderr)
         return EXIT_FAILED
     certificate = Certificate(job.model.dtype, job.certificate.max_changed, images)
     print(format_certificate(certificate))
-    _write_json(job, {**described, **certificate_to_dict(certificate)})
+    write_result(job.certificate.json, {**described, **certificate_to_dict(certificate)})
     return EXIT_FAILED if certificate.objection else EXIT_DONE
 
 
@@ -231,16 +227,6 @@ def _describe_job(job: CertifyJob, matched: Matched) -> dict[str, Any]:
         "backend": default_backend(),
         "match_iou": MATCH_IOU,
     }
-
-
-def _write_json(job: CertifyJob, content: dict[str, Any]) -> None:
-    path = job.certificate.json
-    if path is None:
-        return
-    try:
-        write_json(absolute(path), content)
-    except (OSError, ValueError) as error:  # ValueError: a file system that Beam does not know
-        raise UsageError(f"cannot write --json {path}: {error}. Choose a file that can be written.") from error
 
 
 def draw_images(matched: Matched, config: ReadConfig, count: int, seed: int) -> list[EncodedImage]:
@@ -270,7 +256,7 @@ def draw_images(matched: Matched, config: ReadConfig, count: int, seed: int) -> 
     packed = [shard for shard in matched.shards if shard.format != "image"]
     images = (
         image
-        for shard in chain(loose, _with_progress(packed, "shard"))
+        for shard in chain(loose, progress_bar(packed, unit="shard") if packed else [])
         for image in read_images(shard, config, matched.root)
     )
     drawn = heapq.nsmallest(count, images, key=lambda image: number(image.image_id))
@@ -309,33 +295,33 @@ def compare_image(
     return ComparedImage(image.image_id, compare_masks(expected, actual))
 
 
-def _with_progress(items: Sequence[T], unit: str) -> Iterable[T]:
-    """The items, with a progress bar if somebody is there to see it."""
-    return tqdm(items, unit=unit, dynamic_ncols=True, file=sys.stderr, disable=not (items and sys.stderr.isatty()))
-
-
 def format_certificate(certificate: Certificate) -> str:
     """What the command prints: the images that failed or changed, the totals, the verdict."""
     dtype, masks = certificate.dtype, certificate.agreement
     compared, changed = certificate.num_compared, len(certificate.changed)
-    lines = [f"failed {image.image_id}: {_describe_failure(image)}" for image in certificate.failed]
-    lines += [f"changed {image.image_id}: {_describe_change(image, dtype)}" for image in certificate.changed]
-    table = [
-        ("images in the sample", len(certificate.images), ""),
-        ("  compared", compared, ""),
-        ("  failed: not read or decoded", len(certificate.failed), ""),
-        ("images that change their mask count", changed, _share(changed, compared)),
-        ("masks in float32", masks.expected, ""),
-        (f"  matched in {dtype} at IoU >= {MATCH_IOU}", masks.matched, _share(masks.matched, masks.expected)),
-        ("  lost", masks.lost, _share(masks.lost, masks.expected)),
-        (f"masks in {dtype}", masks.actual, ""),
-        ("  new", masks.new, _share(masks.new, masks.actual)),
-        ("mean IoU of the matched masks", _decimal(masks.mean_matched_iou), ""),
-        ("mean best IoU of all float32 masks", _decimal(masks.mean_best_iou), ""),
-        ("mean |difference| of predicted IoU, matched", _decimal(masks.mean_predicted_iou_difference), ""),
+    lines = [escape_controls(f"failed {image.image_id}: {_describe_failure(image)}") for image in certificate.failed]
+    lines += [
+        escape_controls(f"changed {image.image_id}: {_describe_change(image, dtype)}") for image in certificate.changed
     ]
-    lines += [f"{name:<45}{value:>8}{share:>9}".rstrip() for name, value, share in table]
-    return "\n".join([*lines, certificate.verdict])
+    table = [
+        ("images in the sample", str(len(certificate.images)), ""),
+        ("  compared", str(compared), ""),
+        ("  failed: not read or decoded", str(len(certificate.failed)), ""),
+        ("images that change their mask count", str(changed), format_share(changed, compared)),
+        ("masks in float32", str(masks.expected), ""),
+        (
+            f"  matched in {dtype} at IoU >= {MATCH_IOU}",
+            str(masks.matched),
+            format_share(masks.matched, masks.expected),
+        ),
+        ("  lost", str(masks.lost), format_share(masks.lost, masks.expected)),
+        (f"masks in {dtype}", str(masks.actual), ""),
+        ("  new", str(masks.new), format_share(masks.new, masks.actual)),
+        ("mean IoU of the matched masks", format_mean(masks.mean_matched_iou), ""),
+        ("mean best IoU of all float32 masks", format_mean(masks.mean_best_iou), ""),
+        ("mean |difference| of predicted IoU, matched", format_mean(masks.mean_predicted_iou_difference), ""),
+    ]
+    return "\n".join([*lines, *format_table(table), certificate.verdict])
 
 
 def _describe_failure(image: ComparedImage) -> str:
@@ -345,14 +331,6 @@ def _describe_failure(image: ComparedImage) -> str:
 def _describe_change(image: ComparedImage, dtype: str) -> str:
     masks = image.agreement or Agreement()
     return f"{masks.expected} masks in float32, {masks.actual} in {dtype} ({masks.lost} lost, {masks.new} new)"
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else ""
-
-
-def _decimal(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def certificate_to_dict(certificate: Certificate) -> dict[str, Any]:

@@ -10,16 +10,13 @@ import sys
 # Each is a module's main(argv); what it does is shown by --help.
 _COMMANDS = {
     "label": ("pipeline.label", "label images with SAM, from shards to Parquet"),
-    "refine": ("pipeline.refine", "choose the masks anew from stored candidates, without the model"),
     "view": ("pipeline.view", "look at labels: an HTML report of photos with their masks, or plain pictures"),
-    "certify": (
-        "pipeline.certify",
-        "compare the masks of a lower precision with those of float32 on a sample of the images",
-    ),
-    "plan": ("pipeline.plan", "tell what a run will take: files, bytes, hours and money, without reading the images"),
+    "evaluate": ("pipeline.evaluate", "hold labels against a hand-made truth, or against other labels"),
+    "refine": ("pipeline.refine", "choose the masks anew from stored candidates, without the model"),
     "export": ("pipeline.export", "write labels in the format of another tool: COCO, SA-1B, YOLO, pictures"),
     "import": ("pipeline.import_coco", "make labels of COCO annotations or results"),
-    "evaluate": ("pipeline.evaluate", "hold labels against a hand-made truth, or against other labels"),
+    "plan": ("pipeline.plan", "tell what a run will take: files, bytes, hours and money, without labeling"),
+    "certify": ("pipeline.certify", "compare the masks of a lower precision with those of float32"),
     "demo": ("pipeline.demo", "label a few photos with the embedded model and draw the masks"),
 }
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,28 +11,45 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline import label
-from pipeline.identity import RUN_FILE
+from pipeline.options import parse_job
 from pipeline.run import EXIT_DONE
 from transforms.draw import contact_sheet, draw_masks
 from transforms.images import ImageConfig, decode_image
 from transforms.schema import row_to_mask
+from transforms.write import RUN_FILE
 
 PHOTOS = Path(__file__).parent / "photos"
 
 # The embedded model's predicted IoU is low (its model card); SAM's defaults would keep nothing.
 _FLAGS = ["--model", "sam_tiny", "--pred_iou_thresh", "0.22", "--stability_score_thresh", "0.8"]
 
+_DESCRIPTION = "Labels a few photos with the small embedded model, offline, and draws the masks over them."
+
 _SHEET_COLUMNS = 3
 _SHEET_ROW_HEIGHT = 400
 
 
+@dataclass(frozen=True)
+class DemoConfig:
+    """Where the demo goes.
+
+    Attributes:
+      output: local directory of the labels and the picture. An earlier demo in it is replaced.
+    """
+
+    output: str = "demo"
+
+
+@dataclass(frozen=True)
+class DemoJob:
+    """Everything `maskbeam demo` was asked to do."""
+
+    demo: DemoConfig
+
+
 def main(argv: list[str]) -> int:
     """Labels, draws, and says where the results are."""
-    parser = argparse.ArgumentParser(
-        prog="maskbeam demo", description="Labels a few photos with the small embedded model, offline."
-    )
-    parser.add_argument("--output", default="demo", help="directory of the labels and the picture (default: demo)")
-    output = parser.parse_args(argv).output
+    output = parse_job("demo", DemoJob, argv, _DESCRIPTION).demo.output
     # Again and again into the same place, but not over somebody's labels.
     run_file = Path(output) / RUN_FILE
     again = run_file.exists() and json.loads(run_file.read_text()).get("root") == str(PHOTOS)

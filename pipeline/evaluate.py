@@ -6,23 +6,20 @@ counts as an image without masks, and is named.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from apache_beam.io.filesystem import CompressionTypes
-from apache_beam.io.filesystems import FileSystems
-from tqdm import tqdm
 
 from pipeline.against import compare_labels, comparison_to_dict, format_comparison
 from pipeline.options import UsageError, parse_job
+from pipeline.progress import progress_bar
+from pipeline.results import escape_controls, format_some, format_table, write_picture, write_result
 from pipeline.run import EXIT_DONE
 from transforms import rle
 from transforms.labels import ChunkTables, read_chunks
-from transforms.match import absolute
 from transforms.recall import (
     AREA_RANGES,
     CONFIDENCE,
@@ -35,7 +32,7 @@ from transforms.recall import (
     image_recall,
     summarize_recall,
 )
-from transforms.summary import read_json, write_json
+from transforms.summary import read_json
 from transforms.truth import TruthImage, TruthObject, parse_instances
 
 _DESCRIPTION = (
@@ -44,7 +41,6 @@ _DESCRIPTION = (
 )
 
 RANKINGS = ("rank", "predicted_iou")
-_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -52,31 +48,28 @@ class EvaluateConfig:
     """What is compared, and where the result goes.
 
     Attributes:
-      labels: directory of the labels, on any Beam file system.
+      labels: directory of labels, as `label`, `refine` or `import` writes it, on any Beam file system.
       truth: COCO instances JSON, masks as polygons or RLE. An image of it is the one of the labels whose image_id or
         file_name is its file_name, letter by letter.
       against: directory of other labels of the same images, instead of a truth. Images are the same by their image_id.
       allow_missing: evaluate the images that labels and truth have in common, instead of refusing if one lacks some.
-      rank_by: the order of an image's masks, which decides about the first 10, 100 and 1000: rank, or predicted_iou,
-        the highest first, equal ones by mask_index.
-      seed: of the bootstrap.
+      rank_by: column that orders an image's masks, which decides about the first 10, 100 and 1000: rank, the lowest
+        first, or predicted_iou, the highest first, equal ones by mask_index.
+      seed: of the bootstrap: another one draws other samples of the images.
       json: file for the whole result, with a row for each image, on any Beam file system; replaced if it exists.
-      plot: PNG file for recall over the IoU and AR by size, likewise.
+      plot: PNG file for recall over the IoU and AR by size, on any Beam file system; replaced if it exists.
     """
 
     labels: str
     truth: str | None = None
     against: str | None = None
     allow_missing: bool = False
-    rank_by: str = "rank"
+    rank_by: Literal["rank", "predicted_iou"] = "rank"
     seed: int = 0
     json: str | None = None
     plot: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("labels", "truth", "against", "json", "plot"):
-            if getattr(self, name) == "":
-                raise ValueError(f"{name} is empty; expected a path.")
         if (self.truth is None) == (self.against is None):
             raise ValueError("exactly one of --truth and --against must be given.")
         if self.plot is not None and (self.truth is None or not self.plot.endswith(".png")):
@@ -133,13 +126,13 @@ class Evaluation:
 def main(argv: list[str]) -> int:
     """Parses the flags and compares."""
     config = parse_evaluate(argv).evaluation
-    write_result(config, {})  # that it cannot be written is told now, not after the work
+    write_result(config.json, {})  # that it cannot be written is told now, not after the work
     if config.truth is not None:
         evaluate_truth(config, config.truth)
     if config.against is not None:
         comparison = compare_labels(config.labels, config.against)
         print(format_comparison(comparison, config.labels, config.against))
-        write_result(config, comparison_to_dict(comparison))
+        write_result(config.json, {"evaluation": asdict(config), **comparison_to_dict(comparison)})
     return EXIT_DONE
 
 
@@ -161,23 +154,18 @@ def evaluate_truth(config: EvaluateConfig, truth_path: str) -> None:
     rows = (row for tables in labeled_chunks(config.labels) for row in tables.images.to_pylist())
     joined = join_truth(truth, rows, config.allow_missing)
     images = tuple(
-        tqdm(
-            evaluate_images(config.labels, joined.truth, config.rank_by),
-            total=len(joined.truth),
-            unit="image",
-            dynamic_ncols=True,
-            file=sys.stderr,
-            disable=not sys.stderr.isatty(),
+        progress_bar(
+            evaluate_images(config.labels, joined.truth, config.rank_by), total=len(joined.truth), unit="image"
         )
     )
     evaluation = Evaluation(joined, images, summarize_recall([image.recall for image in images], config.seed))
     print(format_evaluation(evaluation, config))
-    write_result(config, evaluation_to_dict(evaluation))
+    write_result(config.json, {"evaluation": asdict(config), **evaluation_to_dict(evaluation)})
     if config.plot is not None:
         # Late: nothing else needs matplotlib.
         from pipeline.plot_recall import plot_recall
 
-        write_plot(config.plot, plot_recall(evaluation.recall))
+        write_picture(config.plot, plot_recall(evaluation.recall))
 
 
 def join_truth(truth: dict[str, TruthImage], rows: Iterable[dict[str, Any]], allow_missing: bool) -> Joined:
@@ -224,21 +212,17 @@ def join_truth(truth: dict[str, TruthImage], rows: Iterable[dict[str, Any]], all
     joined = Joined(found, failed, tuple(only_in_labels), tuple(name for name in truth if name not in owners))
     if not found:
         raise UsageError(
-            f"labels and truth have no image in common: the labels have {_some(joined.only_in_labels)}, the truth "
-            f"{_some(joined.only_in_truth)}. A file_name of the truth must be an image_id or file_name of the labels."
+            f"labels and truth have no image in common: the labels have {format_some(joined.only_in_labels)}, the "
+            f"truth {format_some(joined.only_in_truth)}. A file_name of the truth must be an image_id or file_name of "
+            "the labels."
         )
     missing = (("truth but not in the labels", joined.only_in_truth), ("labels but not in the truth", only_in_labels))
     for where, images in missing:
         if images and not allow_missing:
             raise UsageError(
-                f"{len(images)} images are in the {where}: {_some(images)}. --allow_missing evaluates the others."
+                f"{len(images)} images are in the {where}: {format_some(images)}. --allow_missing evaluates the others."
             )
     return joined
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "") or "none"
 
 
 def evaluate_images(labels: str, truth: dict[str, TruthImage], rank_by: str) -> Iterator[EvaluatedImage]:
@@ -301,29 +285,10 @@ def labeled_chunks(labels: str) -> Iterator[ChunkTables]:
         raise UsageError(f"cannot read labels: {error}") from error
 
 
-def write_result(config: EvaluateConfig, content: dict[str, Any]) -> None:
-    """Writes --json, with what the result depends on."""
-    if config.json is None:
-        return
-    try:
-        write_json(absolute(config.json), {"evaluation": asdict(config), **content})
-    except (OSError, ValueError) as error:  # ValueError: a file system that Beam does not know
-        raise UsageError(f"cannot write --json {config.json}: {error}. Choose a file that can be written.") from error
-
-
-def write_plot(path: str, png: bytes) -> None:
-    """Writes --plot."""
-    try:
-        with FileSystems.create(absolute(path), compression_type=CompressionTypes.UNCOMPRESSED) as file:
-            file.write(png)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot write --plot {path}: {error}. Choose a file that can be written.") from error
-
-
 def format_evaluation(evaluation: Evaluation, config: EvaluateConfig) -> str:
     """What the command prints: failed and missing images, totals, the table of figures with their intervals."""
     joined, recall, images = evaluation.joined, evaluation.recall, evaluation.images
-    lines = [f"failed {image_id}: {reason}" for image_id, reason in joined.failed.items()]
+    lines = [escape_controls(f"failed {image_id}: {reason}") for image_id, reason in joined.failed.items()]
     if joined.only_in_labels:
         lines.append(f"left out, since not in the truth: {len(joined.only_in_labels)} images")
     if joined.only_in_truth:
@@ -335,13 +300,13 @@ def format_evaluation(evaluation: Evaluation, config: EvaluateConfig) -> str:
         f"samples of the images, seed {config.seed}",
         "",
     ]
-    table = [("", list(AREA_RANGES)), ("objects", [str(recall.objects[size]) for size in AREA_RANGES])]
+    table = [["", *AREA_RANGES], ["objects", *(str(recall.objects[size]) for size in AREA_RANGES)]]
     for kind, figures in (("mask", recall.mask_ar), ("box", recall.box_ar)):
         table += [
-            (f"{kind} AR@{count}", [_told(figures[size][count]) for size in AREA_RANGES]) for count in MAX_PROPOSALS
+            [f"{kind} AR@{count}", *(_told(figures[size][count]) for size in AREA_RANGES)] for count in MAX_PROPOSALS
         ]
-    table.append(("mean best IoU", [_told(recall.mean_best_iou[size]) for size in AREA_RANGES]))
-    lines += [f"{name:<14}" + "".join(f"{cell:>23}" for cell in cells) for name, cells in table]
+    table.append(["mean best IoU", *(_told(recall.mean_best_iou[size]) for size in AREA_RANGES)])
+    lines += format_table(table)
     return "\n".join(lines)
 
 

@@ -12,21 +12,21 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
-from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from PIL import Image
-from tqdm import tqdm
 
 from pipeline.options import UsageError, parse_job
+from pipeline.progress import progress_bar
+from pipeline.results import escape_controls
 from pipeline.run import EXIT_DONE, EXIT_FAILED
 from transforms.coco import OBJECT_CATEGORY, annotation_to_coco, image_to_coco, segmentation_to_polygons
 from transforms.formats import Overlap, YoloLoss, file_names, label_picture, sa1b_record, stem, yolo_text
 from transforms.labels import list_chunks, read_chunk, read_run
 from transforms.polygons import PolygonLoss
-from transforms.summary import read_json, write_json
-from transforms.write import TEMPORARY_DIR, delete_file
+from transforms.summary import read_json, replace_file, write_json
+from transforms.write import TEMPORARY_DIR
 
 # What an export leaves in its directory: the mark that it is there, written last, and what lies beside it.
 EXPORT_FILE = "export.json"
@@ -42,24 +42,22 @@ class ExportConfig:
     """What is written where.
 
     Attributes:
-      labels: directory that `maskbeam label` or `maskbeam import` wrote, on any Beam file system.
+      labels: directory of labels, as `label`, `refine` or `import` writes it, on any Beam file system.
       format: coco, an instances file; sa1b, a JSON file an image; yolo, a text file an image for segmentation; png, a
         16-bit picture an image, with the mask of each pixel.
       output: a file for coco, on any Beam file system; a local directory for the others.
       polygons: write polygons instead of RLE, for tools that need them (coco only). They fill holes; how much that
         changes is printed.
-      overwrite: replace what an earlier export left in output.
+      overwrite: delete what an earlier export left in output and start anew.
     """
 
     labels: str
-    format: str
+    format: Literal["coco", "sa1b", "yolo", "png"]
     output: str
     polygons: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if not self.labels or not self.output:
-            raise ValueError("labels or output is empty; expected the directory of the labels and where to write.")
         if self.format not in ("coco", *_ENTRIES):
             raise ValueError(f"format is {self.format}; expected one of coco, {', '.join(_ENTRIES)}.")
         if self.polygons and self.format != "coco":
@@ -97,9 +95,7 @@ class Labels:
 
         Ids count all images, failed ones included, so that they stay when those are labeled after all.
         """
-        for shard, index in tqdm(
-            self.chunks, unit="chunk", dynamic_ncols=True, file=sys.stderr, disable=not sys.stderr.isatty()
-        ):
+        for shard, index in progress_bar(self.chunks, unit="chunk"):
             for image, masks in read_chunk(self.directory, shard, index).rows():
                 if image["status"] == "failed":
                     self.failed += 1
@@ -152,7 +148,7 @@ def run_export(config: ExportConfig) -> int:
         print(
             f"{labels.failed} failed images are not in it; they are rows with status failed in {config.labels}/images"
         )
-        print("\n".join(f"  failed {failure}" for failure in labels.failures))
+        print("\n".join(f"  failed {escape_controls(failure)}" for failure in labels.failures))
     if told:
         print(told)
     return EXIT_DONE
@@ -238,19 +234,6 @@ def _about(run: dict[str, Any]) -> dict[str, Any]:
         "model": run.get("model"),
         "model_fingerprint": run["model_fingerprint"],
     }
-
-
-@contextlib.contextmanager
-def replace_file(path: str) -> Iterator[IO[bytes]]:
-    """A file to write, on any Beam file system, that gets its name when all is written, and else is deleted."""
-    temporary = f"{path}.{uuid.uuid4().hex}"
-    try:
-        with FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-            yield file
-        FileSystems.rename([temporary], [path])
-    except BaseException:
-        delete_file(temporary)
-        raise
 
 
 # Directories.

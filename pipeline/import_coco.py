@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
-from tqdm import tqdm
 
 from pipeline.identity import claim_output, versions
 from pipeline.options import UsageError, parse_job
+from pipeline.progress import progress_bar
 from pipeline.run import EXIT_DONE, EXIT_FAILED
-from transforms.coco import add_coco_columns, coco_to_image, group_by_image
+from transforms.coco import add_coco_columns, check_categories, coco_to_image, group_by_image
 from transforms.match import InputConfig, absolute, shard_name
 from transforms.records import ChunkReport, LabeledChunk, Shard, SourceFile, Totals
 from transforms.schema import chunk_to_tables
@@ -24,8 +23,6 @@ from transforms.summary import write_summary
 from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, chunk_name, commit_tables
 
 _CHUNK_SIZE = InputConfig.chunk_size
-
-T = TypeVar("T")
 
 _DESCRIPTION = (
     "Makes labels of COCO annotations or results. Polygons and uncompressed RLE become RLE, as pycocotools does it; "
@@ -38,22 +35,20 @@ class ImportConfig:
     """What becomes labels.
 
     Attributes:
-      annotations: COCO instances file (JSON), or a list of results, which needs images_from.
+      annotations: COCO instances file (JSON), or a list of results, which needs --images_from; on any Beam file system.
       output: directory of the labels, on any Beam file system.
-      format: coco.
-      images_from: instances file that has the images and categories of a list of results.
-      overwrite: delete the labels that are in output.
+      format: that of the annotations.
+      images_from: COCO instances file with the images and categories of a list of results.
+      overwrite: delete the labels that an earlier run left in output and start anew.
     """
 
     annotations: str
     output: str
-    format: str = "coco"
+    format: Literal["coco"] = "coco"
     images_from: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if not self.annotations or not self.output:
-            raise ValueError("annotations or output is empty; expected a file and a directory.")
         if self.format != "coco":
             raise ValueError(f"format is {self.format}; expected coco.")
 
@@ -97,10 +92,11 @@ def run_import(config: ImportConfig) -> int:
         if not isinstance(about, dict):
             raise ValueError("expected an object with images, annotations and categories")
         records = about.get("annotations") if isinstance(content, dict) else content
-        grouped = group_by_image(about.get("images"), records, about.get("categories"))
+        grouped = group_by_image(about.get("images"), records)
+        check_categories([record for _, annotations in grouped for record in annotations], about.get("categories"))
         images = [
             coco_to_image(image, row, annotations)
-            for row, (image, annotations) in enumerate(_progress(grouped, "image"))
+            for row, (image, annotations) in enumerate(progress_bar(grouped, unit="image"))
         ]
         _check_image_ids([image.source.image_id for image in images])
     except (ValueError, OSError) as error:
@@ -112,7 +108,7 @@ def run_import(config: ImportConfig) -> int:
     in_files = {key: value for key, value in run.items() if key != "coco"}
     totals = Totals()
     try:
-        for first in _progress(range(0, len(images), _CHUNK_SIZE), "chunk"):
+        for first in progress_bar(range(0, len(images), _CHUNK_SIZE), unit="chunk"):
             part = slice(first, first + _CHUNK_SIZE)
             chunk = LabeledChunk(
                 shard, first // _CHUNK_SIZE, tuple(images[part]), first + _CHUNK_SIZE >= len(images), digest
@@ -172,7 +168,3 @@ def _describe(shard: Shard, digest: str, coco: dict[str, Any]) -> dict[str, Any]
         "versions": versions(),
         "coco": coco,
     }
-
-
-def _progress(items: Sequence[T], unit: str) -> Iterable[T]:
-    return tqdm(items, unit=unit, dynamic_ncols=True, file=sys.stderr, disable=not sys.stderr.isatty())

@@ -1,4 +1,4 @@
-"""maskbeam label."""
+"""maskbeam label: its flags, and the job that they make; run.py runs it."""
 
 from __future__ import annotations
 

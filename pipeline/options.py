@@ -31,13 +31,14 @@ _TITLES = {
     "model": "model",
     "amg": "automatic mask generation (names and defaults of SAM's own generator)",
     "output": "output",
-    "certificate": "certificate",
-    "plan": "plan",
+    "certificate": "sample, limit and output",
+    "plan": "workers, cost and output",
     "dataflow": "Dataflow",
-    "export": "export",
-    "imported": "import",
-    "evaluation": "evaluation",
-    "refine": "labels",
+    "export": "labels and output",
+    "imported": "annotations and output",
+    "evaluation": "labels, what they are held against, and output",
+    "refine": "labels and output",
+    "demo": "output",
     "containment": "masks within masks",
     "labels": "labels",
     "sample": "sample",
@@ -80,7 +81,6 @@ def _job_parser(
         description=description,
         epilog=epilog,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, config in typing.get_type_hints(job).items():
         group = parser.add_argument_group(_TITLES[name])
@@ -105,13 +105,15 @@ def _add_flags(
             continue
         required = field.default is MISSING and field.default_factory is MISSING
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": required}
-        options["help"] = helps[field.name].replace("%", "%%") + (_default_help(field) if show_defaults else "")
+        told = helps[field.name] if show_defaults else helps[field.name].partition(" Default: ")[0]
+        default = _default_help(field) if show_defaults else ""
+        options["help"] = told.rstrip(".").replace("%", "%%") + default
         kind, many = _flag_type(field.name, hints[field.name])
         if kind is bool:
             options["action"] = "store_true"
         else:
             options["type"] = kind
-            options["metavar"] = "FILE.json" if field.name == "point_grids" else field.name.rpartition("_")[2].upper()
+            options["metavar"] = _metavar(field.name, hints[field.name], kind)
             if many:
                 options["nargs"] = "+"
         group.add_argument(f"--{field.name}", **options)
@@ -128,11 +130,24 @@ def _flag_type(name: str, hint: Any) -> tuple[Any, bool]:
     """The function that parses one value of a field, and whether the flag takes several."""
     if name == "point_grids":
         return _read_point_grids, False
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    hint = _without_none(hint)
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
-    return hint, False
+    return (str if typing.get_origin(hint) is typing.Literal else hint), False
+
+
+def _metavar(name: str, hint: Any, kind: Any) -> str:
+    """What stands for a value in --help. Which values are allowed is checked by the config class, for all callers."""
+    hint = _without_none(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return f"{{{','.join(typing.get_args(hint))}}}"
+    return {_read_point_grids: "FILE.json", int: "N", float: "X"}.get(kind, name.rpartition("_")[2].upper())
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next(part for part in typing.get_args(hint) if part is not type(None))
+    return hint
 
 
 def _read_point_grids(path: str) -> tuple[tuple[tuple[float, float], ...], ...]:
@@ -222,12 +237,19 @@ def parse_changes(
 
 
 def _given(config: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Those of a config's fields that were given as flags."""
-    return {
-        field.name: tuple(values[field.name]) if isinstance(values[field.name], list) else values[field.name]
-        for field in fields(config)
-        if field.name in values
-    }
+    """Those of a config's fields that were given as flags.
+
+    Raises:
+      UsageError: a value is the empty string, as of a variable of the shell that is not set.
+    """
+    given = {}
+    for field in fields(config):
+        value = values.get(field.name)
+        if value is not None:
+            if "" in (value if isinstance(value, list) else [value]):
+                raise UsageError(f"--{field.name} is empty. Give it a value, or leave it out.")
+            given[field.name] = tuple(value) if isinstance(value, list) else value
+    return given
 
 
 def _build_job(job: type[J], values: dict[str, Any]) -> J:

@@ -14,14 +14,14 @@ from itertools import pairwise
 import pyarrow.parquet as pq
 
 from pipeline.options import UsageError, parse_job
+from pipeline.results import format_some, write_result
 from pipeline.run import EXIT_DONE
 from transforms.amg import AmgConfig
-from transforms.match import InputConfig, Matched, absolute, match_shards
+from transforms.match import InputConfig, Matched, match_shards
 from transforms.plan import Count, Plan, PlanConfig, Sample, ShardEstimate, count_images, make_plan
 from transforms.read import CHUNK_BYTES, ReadConfig, read_tar, relative_path, tfrecord_records
 from transforms.records import Shard
 from transforms.source import describe_error, open_file
-from transforms.summary import write_json
 
 # What is read at most: of each format so many shards, spread over the list, and of each of those so many images, or
 # the images that begin in its first bytes. A Parquet file's footer counts its rows, so more of them are read.
@@ -46,11 +46,6 @@ class PlanFlags(PlanConfig):
     """
 
     json: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.json == "":
-            raise ValueError("json is empty; expected the name of a file. Leave it out to print the plan only.")
 
 
 @dataclass(frozen=True)
@@ -118,10 +113,7 @@ def run_plan(job: PlanJob) -> int:
             **asdict(plan),
             "warnings": warnings,
         }
-        try:
-            write_json(absolute(job.plan.json), content)
-        except (OSError, ValueError) as error:  # ValueError: a file system that Beam does not know
-            raise UsageError(f"cannot write --json {job.plan.json}: {error}. Choose another file.") from error
+        write_result(job.plan.json, content)
     return EXIT_DONE
 
 
@@ -188,10 +180,9 @@ def sample_shard(shard: Shard) -> Sample:
 def _warn_of_input(matched: Matched, counts: Sequence[FormatCount]) -> list[str]:
     warnings = []
     if matched.ignored:
-        names = ", ".join(matched.ignored[:3]) + (", ..." if len(matched.ignored) > 3 else "")
         warnings.append(
-            f"files ignored, since their names tell no format: {len(matched.ignored):,} ({names}). If they hold "
-            "images, say what they are with --input_format."
+            f"files ignored, since their names tell no format: {len(matched.ignored):,} "
+            f"({format_some(matched.ignored)}). If they hold images, say what they are with --input_format."
         )
     for count in counts:
         if count.broken:

@@ -1,4 +1,4 @@
-"""The progress bar of a local run: images, images/s and the time left, from what the worker processes say.
+"""Progress bars, and that of a local run: images, images/s and the time left, as its worker processes say.
 
 Each process appends a record an image to its own file (transforms/segment.py), so it works the same with threads and
 with processes. Where only the bytes of the input are known, not the images in it, the total is an estimate, marked ~.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -17,6 +19,16 @@ from transforms.segment import PROGRESS_RECORD
 
 # Without a terminal a line is printed this often, in seconds.
 _LINE_INTERVAL = 10.0
+
+
+def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """tqdm's bar with rate and time left, if somebody is there to see it.
+
+    Args:
+      items: what to go through, unless update() is called instead.
+      options: of tqdm: unit, total, initial.
+    """
+    return tqdm(items, dynamic_ncols=True, file=sys.stderr, disable=not sys.stderr.isatty(), **options)
 
 
 class Progress:
@@ -38,7 +50,7 @@ class Progress:
         self._printed = self._start
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
-            self._bar = tqdm(initial=done_images, unit="image", dynamic_ncols=True, file=sys.stderr)
+            self._bar = progress_bar(initial=done_images, unit="image")
 
     @property
     def images(self) -> int:

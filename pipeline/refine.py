@@ -13,18 +13,15 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
-from tqdm import tqdm
 
 from pipeline.identity import claim_output, versions
 from pipeline.options import UsageError, parse_changes
+from pipeline.progress import progress_bar
 from pipeline.run import EXIT_DONE, EXIT_FAILED
 from transforms.amg import CANDIDATE_SETTINGS, AmgConfig
 from transforms.containment import ContainmentConfig
-from transforms.labels import list_chunks, read_chunk, read_run
+from transforms.labels import list_chunks, read_candidates, read_chunk, read_run
 from transforms.match import absolute
 from transforms.records import ChunkReport, LabeledChunk, Shard, Totals
 from transforms.refine import COLUMNS, refine_chunk
@@ -32,7 +29,7 @@ from transforms.resume import committed_chunks, read_report
 from transforms.schema import chunk_to_tables
 from transforms.select import SelectionConfig
 from transforms.summary import SUMMARY_FILE, write_summary
-from transforms.write import ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR, OutputConfig, chunk_name, commit_tables
+from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, OutputConfig, chunk_name, commit_tables
 
 _DESCRIPTION = (
     "Chooses the masks anew from the candidates that `maskbeam label --keep_candidates` stored, without the model. "
@@ -52,8 +49,8 @@ class RefineConfig:
     """Which labels become which.
 
     Attributes:
-      labels: directory that `maskbeam label --keep_candidates` wrote, on any Beam file system.
-      output: another directory, for the new labels.
+      labels: directory of labels, as `label --keep_candidates` writes it, on any Beam file system.
+      output: directory of the new labels, on any Beam file system; not in that of the old ones.
       overwrite: delete the labels that an earlier run left in output and start anew.
     """
 
@@ -131,13 +128,7 @@ def _refine_all(sources: list[ChunkReport], config: AmgConfig, job: RefineJob, r
     output = job.refine.output
     done = committed_chunks(output)
     totals = Totals()
-    with tqdm(
-        total=sum(source.totals.images for source in sources),
-        unit="image",
-        dynamic_ncols=True,
-        file=sys.stderr,
-        disable=not sys.stderr.isatty(),
-    ) as progress:
+    with progress_bar(total=sum(source.totals.images for source in sources), unit="image") as progress:
         for source in sources:
             committed = source.index in done.get(source.shard, [])
             report = read_report(output, source.shard, source.index) if committed else None
@@ -152,7 +143,7 @@ def _refine_and_commit(source: ChunkReport, config: AmgConfig, job: RefineJob, r
     """One chunk of the new labels."""
     labels = job.refine.labels
     images = read_chunk(labels, source.shard, source.index).images
-    candidates = _read_candidates(labels, source)
+    candidates = read_candidates(labels, source.shard, source.index, COLUMNS)
     refined = tuple(refine_chunk(images, candidates, config, job.containment))
     shard = Shard(source.shard, images["shard"][0].as_py() if len(images) else "", format="", files=())
     chunk = LabeledChunk(shard, source.index, refined, source.final, _digest(source))
@@ -178,18 +169,6 @@ def _read_source(labels: str, shard: str, index: int) -> ChunkReport:
             "`maskbeam label` that made it again."
         )
     return report
-
-
-def _read_candidates(labels: str, source: ChunkReport) -> pa.Table:
-    path = FileSystems.join(labels, CANDIDATES_DIR, chunk_name(source.shard, source.index))
-    try:
-        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-            return pq.ParquetFile(file).read(columns=COLUMNS)  # read_table does not know parts of structs
-    except (OSError, ValueError) as error:  # pyarrow's errors of broken files are ValueErrors, too
-        raise ValueError(
-            f"cannot read {path}: {str(error).partition(chr(10))[0]}. Delete it, if it is there, and run the `maskbeam "
-            "label` that made it again."
-        ) from error
 
 
 def _refuse_strays(sources: list[ChunkReport], labels: str, output: str) -> None:
@@ -226,6 +205,11 @@ def change_settings(run: dict[str, Any], changes: dict[str, Any], labels: str) -
     Raises:
       ValueError: there are no candidates, or a change cannot be decided from them.
     """
+    if "imported" in run:
+        raise ValueError(
+            f"{labels} was imported and has no candidates: there is nothing to choose from. Label the images with "
+            "`maskbeam label --keep_candidates`."
+        )
     try:
         before = AmgConfig.from_dict(run["amg"])
     except (TypeError, KeyError) as error:

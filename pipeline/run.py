@@ -33,6 +33,7 @@ from pipeline.identity import claim_output, default_backend, describe_run, refus
 from pipeline.options import UsageError, runs_locally
 from pipeline.progress import Progress
 from pipeline.remote import JobFailed, prepare, run_elsewhere
+from pipeline.results import escape_controls, format_some
 from pipeline.starts import announce_start, withdraw_start
 from transforms.match import Matched, check_output, match_shards
 from transforms.records import ChunkReport, Shard, Totals
@@ -273,13 +274,12 @@ def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output:
     """What the command prints at the end."""
     lines = [
         f"{totals.images} images: {totals.labeled} labeled, {totals.empty} empty, {totals.failed} failed",
-        *[f"  failed {_escape_controls(failure)}" for failure in totals.failures[:5]],
+        *[f"  failed {escape_controls(failure)}" for failure in totals.failures[:5]],
     ]
     if totals.failed > 5:
         lines.append(f"  ... and {totals.failed - 5} more: rows with status failed in {output}/images")
     if ignored:
-        names = ", ".join(map(_escape_controls, ignored[:3])) + (", ..." if len(ignored) > 3 else "")
-        lines.append(f"{len(ignored)} files ignored, not images by their names: {names}")
+        lines.append(f"{len(ignored)} files ignored, not images by their names: {format_some(ignored)}")
     dropped = ", ".join(f"{name} {count}" for name, count in vars(totals.dropped).items() if count)
     lines.append(
         f"{totals.masks} masks of {totals.candidates} candidates" + (f" (dropped: {dropped})" if dropped else "")
@@ -291,8 +291,3 @@ def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output:
     directory = output.rstrip("/")
     lines.append(f"labels: {directory}/annotations/*.parquet, {directory}/images/*.parquet")
     return "\n".join(lines)
-
-
-def _escape_controls(text: str) -> str:
-    """Names come from the input: what a terminal would obey, or could not print, is shown as Python writes it."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

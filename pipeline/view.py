@@ -46,7 +46,7 @@ class LabelsConfig:
     """Which labels are shown, and where their photos are.
 
     Attributes:
-      labels: directory that `maskbeam label` wrote, on any Beam file system.
+      labels: directory of labels, as `label`, `refine` or `import` writes it, on any Beam file system.
       images: files, directories and globs of the photos, like `label --input`, if they are not where they were
         labeled. Photos are found by image_id: the path relative to the directory that all of these lie in.
     """

@@ -177,7 +177,7 @@ def test_the_exit_code_is_the_verdict(
         (["--images", "0"], "images is 0"),
         (["--max_changed", "5"], "max_changed must be"),
         (["--max_changed", "nan"], "max_changed must be"),
-        (["--json", ""], "json is empty"),
+        (["--json", ""], "--json is empty"),
         (["--json", "{photos}"], "cannot write --json"),
         (["--model", "no_such_model"], "cannot find model no_such_model"),
         (["--points_per_sde", "8"], "unknown argument --points_per_sde: did you mean --points_per_side?"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco_mask
 
-from transforms.containment import ContainmentConfig, apply_containment, find_contained, with_parents
+from transforms.containment import ContainmentConfig, Rule, apply_containment, find_contained, with_parents
 from transforms.records import Dropped, Mask
 
 Box = tuple[int, int, int, int]
@@ -51,7 +53,7 @@ A, B, C, D = (0, 0, 16, 16), (2, 2, 10, 10), (4, 4, 8, 8), (11, 0, 20, 2)
         ([A, A], "parts", [A]),
     ],
 )
-def test_rules(boxes: list[Box], rule: str, kept: list[Box]) -> None:
+def test_rules(boxes: list[Box], rule: Rule, kept: list[Box]) -> None:
     masks, dropped = apply_containment([square(box) for box in boxes], ContainmentConfig(rule))
     assert masks == [square(box) for box in kept]
     assert dropped == Dropped(containment=len(boxes) - len(kept))
@@ -105,7 +107,8 @@ def test_containment_is_that_of_the_pixels(pixels: list[np.ndarray], threshold: 
                 expected[i, j] = (small & large).sum() / small.sum() >= threshold
     masks = [mask_of(one) for one in pixels]
     np.testing.assert_array_equal(find_contained(masks, threshold), expected)
-    for rule, axis in (("whole", 1), ("parts", 0)):
+    rules: list[tuple[Rule, int]] = [("whole", 1), ("parts", 0)]
+    for rule, axis in rules:
         kept, _ = apply_containment(masks, ContainmentConfig(rule, threshold))
         assert not find_contained(kept, threshold).any()  # nothing is left to drop
         gone = [i for i, mask in enumerate(masks) if not any(mask is one for one in kept)]
@@ -118,6 +121,6 @@ def test_containment_is_that_of_the_pixels(pixels: list[np.ndarray], threshold: 
     ("values", "named"),
     [(("some", 0.9), "all, whole, parts"), (("all", 0.0), "containment_thresh"), (("all", 1.1), "containment_thresh")],
 )
-def test_bad_values_are_named(values: tuple[str, float], named: str) -> None:
+def test_bad_values_are_named(values: tuple[Any, float], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         ContainmentConfig(*values)

@@ -136,6 +136,44 @@ def test_the_figures_are_cocoevals(
     assert found["10"]["low"] < found["10"]["value"] < found["10"]["high"]
 
 
+@pytest.mark.parametrize("rank_by", RANKINGS)
+def test_imported_results_are_ranked_by_their_scores(
+    labels: Path, tmp_path: Path, write_truth: Callable[[Any], Path], rank_by: str
+) -> None:
+    """They have no stability."""
+    truth = {**photos_truth(), "categories": [{"id": 1}]}
+    random = np.random.default_rng(1)
+    results = as_results(read_labels(labels), truth, lambda row: float(random.random()))
+    results = [{**result, "category_id": 1} for result in results]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    path, imported, result = write_truth(truth), tmp_path / "imported", tmp_path / "result.json"
+    source = ["--annotations", str(tmp_path / "results.json"), "--images_from", str(path)]
+    assert cli.main(["import", "--format", "coco", *source, "--output", str(imported)]) == 0
+    assert evaluate("--labels", imported, "--truth", path, "--json", result, "--rank_by", rank_by) == 0
+    summary = json.loads(result.read_text())["summary"]
+    assert_json_is_cocoevals(summary, truth, results)
+    # The order of the file finds something else among the first ten.
+    in_order = cocoeval_recall(truth, [{**one, "score": -i} for i, one in enumerate(results)], "segm").mean(axis=0)
+    assert summary["mask_ar"]["all"]["10"]["value"] != pytest.approx(in_order[0, 0])
+
+
+@pytest.mark.parametrize("rank_by", RANKINGS)
+def test_imported_annotations_keep_their_order(
+    tmp_path: Path, write_truth: Callable[[Any], Path], rank_by: str
+) -> None:
+    """Nobody knows their scores. A truth finds all of itself."""
+    truth = {**photos_truth(), "categories": [{"id": 1}]}
+    path, imported, result = write_truth(truth), tmp_path / "imported", tmp_path / "result.json"
+    assert cli.main(["import", "--annotations", str(path), "--output", str(imported)]) == 0
+    rows = read_labels(imported).annotations
+    assert len(rows) == len(truth["annotations"]) and all(row["rank"] == row["mask_index"] for row in rows)
+    assert evaluate("--labels", imported, "--truth", path, "--json", result, "--rank_by", rank_by) == 0
+    summary = json.loads(result.read_text())["summary"]
+    assert summary["mask_ar"]["all"]["10"]["value"] == summary["mean_best_iou"]["all"]["value"] == 1
+    assert evaluate("--labels", imported, "--against", imported, "--json", result) == 0
+    assert json.loads(result.read_text())["summary"]["unchanged"] == 7
+
+
 def test_the_mean_best_iou_is_over_all_objects(
     labels: Path, tmp_path: Path, write_truth: Callable[[Any], Path]
 ) -> None:
@@ -331,7 +369,7 @@ def break_ids(truth: dict[str, Any]) -> None:
     [
         (break_size, "2.png has the size (48, 64) (H, W) in the labels and (64, 64) in the truth"),
         (break_polygon, "cannot use the truth: annotation 8 of 1.png: polygons of [4] numbers"),
-        (break_ids, "two annotations with the id 3"),
+        (break_ids, "two annotation records have the id 3"),
         (dict.clear, 'no list "images"'),
     ],
 )
@@ -359,7 +397,7 @@ def test_a_truth_that_does_not_fit_is_an_error(
         (["--truth", "t.json", "--seed", "-1"], "seed must be at least 0"),
         (["--truth", "t.json", "--plot", "x.jpg"], "plot is x.jpg"),
         (["--against", "other", "--plot", "x.png"], "--truth beside it"),
-        (["--against", "no/labels"], "no finished chunk"),
+        (["--against", "no/labels"], "no/labels holds no labels: there is no run.json"),
         (["--against", "no/labels", "--json", "{labels}"], "cannot write --json"),
     ],
 )

@@ -71,11 +71,11 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def huge_tar(name: str = "0.jpg") -> bytes:
-    return tar_bytes(("0.txt", bytes(64 * MB)), (name, b"x"))
+    return tar_bytes(("0.txt", bytes(16 * MB)), (name, b"x"))
 
 
 def huge_tfrecord() -> bytes:
-    return frame(bytes(64 * MB))
+    return frame(bytes(16 * MB))
 
 
 @pytest.mark.usefixtures("small_limits")
@@ -104,7 +104,7 @@ def test_a_stream_that_inflates_too_far_is_read_no_further(
 
 @pytest.mark.usefixtures("small_limits")
 def test_a_parquet_column_that_inflates_too_far_is_not_read(tmp_path: Path) -> None:
-    data = parquet_bytes({"image": [bytes(32 * MB), b"x"]}, compression="zstd", use_dictionary=False)
+    data = parquet_bytes({"image": [bytes(16 * MB), b"x"]}, compression="zstd", use_dictionary=False)
     assert len(data) < MB
     with bounded(4 * MB):
         (image,) = read_bytes(tmp_path, "parquet", data)
@@ -131,15 +131,15 @@ PAX_SPARSE = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"
 @pytest.mark.parametrize(
     "archive",
     [
-        tar_header(tarfile.GNUTYPE_LONGNAME, 2**34) + bytes(64 * MB),
-        tar_header(tarfile.XHDTYPE, 2**34) + b"1" * (64 * MB),
-        tar_header(tarfile.XGLTYPE, 2**34) + bytes(64 * MB),
+        tar_header(tarfile.GNUTYPE_LONGNAME, 2**34) + bytes(16 * MB),
+        tar_header(tarfile.XHDTYPE, 2**34) + b"1" * (16 * MB),
+        tar_header(tarfile.XGLTYPE, 2**34) + bytes(16 * MB),
         tar_header(tarfile.GNUTYPE_LONGNAME, 512).ljust(1024, b"a") * 30_000,
         tar_header(tarfile.XHDTYPE, len(PAX_SPARSE))
         + PAX_SPARSE.ljust(512, b"\0")
         + tar_header(tarfile.REGTYPE, 2**34)
         + b"9999999999\n".ljust(512, b"0")
-        + b"0\n" * (32 * MB),
+        + b"0\n" * (8 * MB),
     ],
     ids=["long name", "pax", "global pax", "names of names", "map of a sparse file"],
 )

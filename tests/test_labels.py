@@ -56,8 +56,9 @@ def test_the_run_is_read(labels: Path) -> None:
 def test_a_directory_that_is_not_ours_is_an_error(tmp_path: Path, content: str | None, told: str) -> None:
     if content is not None:
         (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ValueError, match=told):
-        read_run(str(tmp_path))
+    for read in (read_run, list_chunks):
+        with pytest.raises(ValueError, match=told):
+            read(str(tmp_path))
 
 
 def test_labels_without_a_finished_chunk_are_an_error(labels: Path) -> None:

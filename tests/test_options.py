@@ -187,7 +187,8 @@ def test_after_two_dashes_anything_passes() -> None:
         (["--profile", "fast"], "--profile: invalid choice: 'fast'"),
         (["--limit"], "--limit: expected one argument"),
         (["--output", "gs://bucket/[a]"], "output is gs://bucket/[a]"),
-        (["--output", ""], "output is empty"),
+        (["--output", ""], "--output is empty"),
+        (["--parquet_key", "id", ""], "--parquet_key is empty"),
         # A value out of range.
         (["--chunk_size", "0"], "chunk_size is 0"),
         (["--limit", "0"], "limit is 0"),

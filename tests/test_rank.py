@@ -30,16 +30,37 @@ SCORES = st.tuples(st.floats(-0.1, 1.1), st.one_of(st.floats(0, 1), st.just(math
     ],
 )
 def test_ranks(predicted_iou: list[float], stability_score: list[float], expected: list[int]) -> None:
-    ranks = rank_masks(predicted_iou, stability_score)
+    """A stability of NaN is an empty mask's."""
+    ranks = rank_masks(predicted_iou, stability_score, [0 if math.isnan(score) else 9 for score in stability_score])
     assert ranks.tolist() == expected and ranks.dtype == np.int32
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("predicted_iou", "stability_score", "areas", "expected"),
+    [
+        ([0.5, 0.7, 0.6], [NAN, NAN, NAN], [9, 9, 9], [2, 0, 1]),  # results: by score
+        ([NAN, NAN, NAN], [NAN, NAN, NAN], [1, 3, 2], [0, 1, 2]),  # annotations: the order of the file
+        ([0.5, NAN, 0.6], [NAN, NAN, NAN], [9, 9, 9], [1, 2, 0]),
+        ([0.5, 0.9], [NAN, 0.5], [9, 9], [0, 1]),
+        ([0.5, 0.9], [NAN, NAN], [9, 0], [0, 1]),  # an empty mask is not likelier than a known one
+    ],
+)
+def test_what_an_imported_mask_does_not_tell(
+    predicted_iou: list[float], stability_score: list[float], areas: list[int], expected: list[int]
+) -> None:
+    assert rank_masks(predicted_iou, stability_score, areas).tolist() == expected
 
 
 @given(st.lists(SCORES, max_size=20))
 def test_every_mask_has_a_rank_of_its_own_and_rounding_changes_none(scores: list[tuple[float, float]]) -> None:
-    ranks = rank_masks([iou for iou, _ in scores], [stability for _, stability in scores])
+    areas = [0] * len(scores)
+    ranks = rank_masks([iou for iou, _ in scores], [stability for _, stability in scores], areas)
     assert sorted(ranks) == list(range(len(scores)))
     stored = np.array(scores, np.float32).reshape(-1, 2)
-    assert (rank_masks(*stored.T) == ranks).all()
+    assert (rank_masks(stored[:, 0].tolist(), stored[:, 1].tolist(), areas) == ranks).all()
     by_rank = stored.astype(float)[np.argsort(ranks)].prod(axis=1)
     numbers = by_rank[~np.isnan(by_rank)]
     assert np.isnan(by_rank[len(numbers) :]).all() and (np.diff(numbers) <= 0).all()

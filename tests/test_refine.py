@@ -354,6 +354,10 @@ def test_labels_without_candidates_are_refused(
     assert f"was refined from {kept}: refine that again" in capsys.readouterr().err
     assert refine(tmp_path / "none", tmp_path / "out") == 2
     assert "holds no labels" in capsys.readouterr().err
+    (tmp_path / "truth.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    assert cli.main(["import", "--annotations", f"{tmp_path}/truth.json", "--output", f"{tmp_path}/imported"]) == 0
+    assert refine(tmp_path / "imported", tmp_path / "out") == 2
+    assert "was imported and has no candidates" in capsys.readouterr().err
 
 
 # Going on.
@@ -414,10 +418,10 @@ def test_lost_candidates_are_named(kept: Path, tmp_path: Path, capsys: pytest.Ca
     (labels / "summary.json").unlink()
     assert refine(labels, tmp_path / "out") == 1
     error = capsys.readouterr().err
-    assert f"cannot read {lost}" in error and "run the same command to go on" in error
+    assert f"{lost} cannot be read" in error and "run the same command to go on" in error
     lost.write_bytes((kept / "candidates" / lost.name).read_bytes()[:-9])
     assert refine(labels, tmp_path / "out") == 1
-    assert f"cannot read {lost}" in capsys.readouterr().err
+    assert f"{lost} cannot be read" in capsys.readouterr().err
     shutil.copy(kept / "candidates" / lost.name, lost)
     assert refine(labels, tmp_path / "out") == 0
     assert "is not finished" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -69,13 +70,16 @@ def changed(where: str, index: int, **values: Any) -> dict[str, Any]:
     [
         ([], 'no list "images"'),
         ({"images": []}, 'no list "annotations"'),
-        (changed("images", 1, id=7), "two images with the id 7"),
-        (changed("images", 1, id="3"), "has no id of type int"),
+        (changed("images", 1, id=7), "two image records have the id 7"),
+        (changed("images", 1, id=None), "has no id that is a number or a string"),
         (changed("images", 1, file_name="a.jpg"), "two images with the file_name a.jpg: ids 7, 3"),
-        (changed("images", 0, height=None), "has no height of type int"),
-        (changed("annotations", 1, id=1), "two annotations with the id 1"),
-        (changed("annotations", 1, image_id=8), "annotation 2 is of image 8, which is not there"),
-        ({"images": [3], "annotations": []}, "image 3 has no id"),
+        (changed("images", 0, height=None), "id 7 has width 12 and height None"),
+        (changed("images", 0, width=True), "id 7 has width True"),
+        (changed("images", 0, file_name=None), "id 7 has file_name None"),
+        (changed("annotations", 1, id=1), "two annotation records have the id 1"),
+        (changed("annotations", 1, image_id=8), "id 2 has image_id 8, but there is no such image"),
+        (changed("annotations", 1, iscrowd=2), "id 2 has iscrowd 2"),
+        ({"images": [3], "annotations": []}, "image record 3 has no id"),
     ],
 )
 def test_a_file_that_is_no_truth_is_an_error(content: Any, told: str) -> None:
@@ -86,17 +90,28 @@ def test_a_file_that_is_no_truth_is_an_error(content: Any, told: str) -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"segmentation": None}, "neither an RLE nor a list of polygons"),
-        ({"segmentation": [["1", "2"]]}, "neither an RLE nor a list of polygons"),
+        ({"segmentation": None}, "neither a list of polygons nor an RLE"),
+        ({"segmentation": [["1", "2"]]}, "not lists of numbers"),
+        ({"segmentation": ["123456"]}, "not lists of numbers"),
+        ({"segmentation": [[1, 1, 4, 4, True, 4]]}, "not lists of numbers"),
+        ({"segmentation": [[1, 1, 4, 4, math.nan, 4]]}, "not lists of numbers"),
+        ({"segmentation": [[1, 1, 4, 4, 10**400, 4]]}, "not lists of numbers"),
+        ({"segmentation": [[1, 1, 4, 4, 1, 21]]}, "far outside the image of 12 x 10"),
         ({"segmentation": []}, "at least one"),
         ({"segmentation": [[1, 1, 4, 4]]}, r"polygons of \[4\] numbers"),  # pycocotools takes it for a box
         ({"segmentation": {"size": [12, 10], "counts": "0"}}, r"size \[12, 10\], the image .* \[10, 12\]"),
         ({"segmentation": {"size": [10, 12], "counts": [3, 4]}}, "the runs have 7 pixels"),
         ({"segmentation": {"size": [10, 12], "counts": "22"}}, "the runs have 4 pixels"),
-        ({"segmentation": {"size": [10, 12]}}, "neither a compressed string"),
+        (
+            {"segmentation": {"size": [10, 12], "counts": [10**30]}},
+            "the runs have 10{30} pixels",
+        ),
+        ({"segmentation": {"size": [10, 12]}}, "neither a list of polygons nor an RLE"),
+        ({"segmentation": {"size": [10, 12], "counts": [True, 119]}}, "neither a string nor a list of whole numbers"),
         ({"bbox": [1, 2, 3]}, "bbox is .* expected 4 numbers"),
         ({"bbox": None}, "bbox is None, expected 4 numbers"),
         ({"area": "large"}, "area is large, expected a number"),
+        ({"area": 10**400}, "area is 1000+, expected a number"),
     ],
 )
 def test_an_annotation_that_cannot_be_used_is_named(values: dict[str, Any], told: str) -> None:

@@ -2,9 +2,10 @@
 
 The algorithm of SamAutomaticMaskGenerator (facebookresearch/segment-anything, automatic_mask_generator.py, commit
 dca509f), with the same masks in the same order. What differs is only when things are computed: the predicted IoU is
-filtered before any mask is upsampled, and masks become RLE after NMS instead of before.
+filtered before any mask is upsampled, and masks become RLE after NMS instead of before, unless candidates are kept.
 
-Read top down: label_image > propose_masks (on the device) > select_masks (on the host; the steps are in select.py).
+Read top down: label_image > propose_image > propose_masks (on the device) > select_masks (on the host; the steps are in
+select.py).
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class AmgConfig(SelectionConfig):
     """Parameters of automatic mask generation: the reference's, by its names and defaults, then ours.
 
     Attributes:
-      points_per_side: grid points along one side of the image. None if point_grids is given.
+      points_per_side: grid points along one side of the image. Not with point_grids.
       points_per_batch: prompts decoded at once; a memory knob that results do not depend on.
       stability_score_offset: shift of the threshold, each way, in logits, for the stability score.
       crop_n_layers: layers of crops beside the full image: 1 costs 5 passes through the image encoder, 2 cost 21.
@@ -76,10 +77,10 @@ class AmgConfig(SelectionConfig):
       mask_threshold: logit above which a pixel belongs to the mask.
       keep_candidates: store the masks as they are before duplicates are removed, too, so that `maskbeam refine` can
         decide again without the model.
-      candidate_pred_iou_thresh: bar of the stored candidates: their predicted IoU is greater. At most pred_iou_thresh;
-        None = 0.8 times that.
-      candidate_stability_score_thresh: likewise: they are at least this stable. At most stability_score_thresh; None =
-        0.8 times that.
+      candidate_pred_iou_thresh: bar of the stored candidates: their predicted IoU is greater. At most pred_iou_thresh.
+        Default: 0.8 times that.
+      candidate_stability_score_thresh: likewise: they are at least this stable. At most stability_score_thresh.
+        Default: 0.8 times that.
     """
 
     points_per_side: int | None = 32
@@ -307,13 +308,15 @@ def propose_image(
     """
     selected = []
     size_hw = crops[0].box.size_hw  # the first crop is the whole image
-    start = time.perf_counter()
+    seconds = Seconds()
     for crop in crops:
+        start = time.perf_counter()
         context = sam.embed(crop.frame, crop.resized_hw)
+        seconds += Seconds(embed=time.perf_counter() - start)
         proposals = propose_masks(sam, context, crop.box, config.bar, submit)
         # It waits for batches that were submitted before it, so a pool of any size gets through.
         selected.append(submit(_select_in_crop, proposals, size_hw, config))
-    return selected, Seconds(embed=time.perf_counter() - start)
+    return selected, seconds
 
 
 def propose_masks(sam: Sam, context: Any, crop: CropBox, config: AmgConfig, submit: Submit = call_now) -> Proposals:
@@ -390,7 +393,7 @@ def select_masks(
     Args:
       selected: of propose_image.
       size_hw: (H, W) of the image.
-      seconds: spent on the image so far; what the crops and this took is added.
+      seconds: of the image so far; those of the crops' threads and of this one are added.
     """
     crops = [future.result() for future in selected]
     start = time.perf_counter()

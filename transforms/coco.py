@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,19 +127,18 @@ def mask_name(mask: dict[str, Any]) -> str:
     return f"{mask['image_id']}, mask_index {mask['mask_index']}"
 
 
-def group_by_image(images: Any, annotations: Any, categories: Any) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+def group_by_image(images: Any, annotations: Any) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """The images of a COCO file in their order, each with its annotations in theirs.
 
     Annotations without an id, as results are, get their position, from 1, as pycocotools' loadRes does.
 
     Args:
-      images, annotations, categories: the file's lists of records, whatever is in them.
+      images, annotations: the file's lists of records, whatever is in them.
 
     Raises:
-      ValueError: a list is none, an id is missing or comes twice, an annotation is of no image or of no category.
+      ValueError: a list is none, an id is missing or comes twice, an annotation is of no image.
     """
     image_ids = _unique_ids("image", images)
-    category_ids = _unique_ids("category", categories)
     of_image: dict[Any, list[dict[str, Any]]] = {image_id: [] for image_id in image_ids}
     if isinstance(annotations, list):
         annotations = [
@@ -148,17 +148,32 @@ def group_by_image(images: Any, annotations: Any, categories: Any) -> list[tuple
     _unique_ids("annotation", annotations)
     for record in annotations:
         told = f"the annotation with id {record['id']!r}"
-        image_id, category_id = record.get("image_id"), record.get("category_id")
+        image_id = record.get("image_id")
         if not _is_id(image_id) or image_id not in of_image:
             raise ValueError(f"{told} has image_id {image_id!r}, but there is no such image")
-        if not _is_id(category_id) or category_id not in category_ids:
-            raise ValueError(f"{told} has category_id {category_id!r}, but there is no such category")
-        if not isinstance(category_id, int) or abs(category_id) > _INT32_MAX:
-            raise ValueError(f"{told} has category_id {category_id!r}; expected a whole number of 32 bits")
         if record.get("iscrowd", 0) not in (0, 1):
             raise ValueError(f"{told} has iscrowd {record['iscrowd']!r}; expected 0 or 1")
         of_image[image_id].append(record)
     return [(image, of_image[image["id"]]) for image in images]
+
+
+def check_categories(annotations: Sequence[dict[str, Any]], categories: Any) -> None:
+    """Checks that every annotation is of a category that the tables can store.
+
+    Args:
+      annotations: as group_by_image gives them.
+      categories: the file's list of records, whatever is in it.
+
+    Raises:
+      ValueError: one is not.
+    """
+    category_ids = _unique_ids("category", categories)
+    for record in annotations:
+        told, category_id = f"the annotation with id {record['id']!r}", record.get("category_id")
+        if not _is_id(category_id) or category_id not in category_ids:
+            raise ValueError(f"{told} has category_id {category_id!r}, but there is no such category")
+        if not isinstance(category_id, int) or abs(category_id) > _INT32_MAX:
+            raise ValueError(f"{told} has category_id {category_id!r}; expected a whole number of 32 bits")
 
 
 def _unique_ids(kind: str, records: Any) -> set[Any]:
@@ -189,20 +204,31 @@ def coco_to_image(record: dict[str, Any], row: int, annotations: Sequence[dict[s
     Raises:
       ValueError: a record does not have what it needs, or has it wrong.
     """
+    name, size_hw = name_and_size(record)
+    image_id: Any = record.get("image_id", name)
+    if not _is_text(image_id):
+        raise ValueError(f"the image with id {record['id']!r} has image_id {image_id!r}; expected text, not empty")
+    masks = tuple(coco_to_mask(annotation, size_hw) for annotation in annotations)
+    source = EncodedImage(image_id, row, str(record["id"]), name, b"")
+    return LabeledImage(source, 0, "", size_hw, exif_orientation=1, masks=masks, num_candidates=len(masks))
+
+
+def name_and_size(record: dict[str, Any]) -> tuple[str, tuple[int, int]]:
+    """The file_name of a record of an image, and its (H, W) in pixels.
+
+    Raises:
+      ValueError: it does not have them, or has them wrong.
+    """
     name: Any = record.get("file_name")
     width: Any = record.get("width")
     height: Any = record.get("height")
-    image_id = record.get("image_id", name)
-    for text in (name, image_id):
-        if not _is_text(text):
-            raise ValueError(f"the image with id {record['id']!r} has file_name {text!r}; expected text, not empty")
-    if not all(isinstance(side, int) and 0 < side <= _INT32_MAX for side in (width, height)):
+    if not _is_text(name):
+        raise ValueError(f"the image with id {record['id']!r} has file_name {name!r}; expected text, not empty")
+    if not all(type(side) is int and 0 < side <= _INT32_MAX for side in (width, height)):
         raise ValueError(
             f"the image with id {record['id']!r} has width {width!r} and height {height!r}; expected pixels"
         )
-    masks = tuple(coco_to_mask(annotation, (height, width)) for annotation in annotations)
-    source = EncodedImage(image_id, row, str(record["id"]), name, b"")
-    return LabeledImage(source, 0, "", (height, width), exif_orientation=1, masks=masks, num_candidates=len(masks))
+    return name, (height, width)
 
 
 def _is_text(value: Any) -> bool:
@@ -238,7 +264,7 @@ def coco_to_mask(record: dict[str, Any], size_hw: tuple[int, int]) -> Mask:
             if abs(getattr(mask, name)) > float(np.finfo(np.float32).max):
                 raise ValueError(f"its {name} or score is {getattr(mask, name)}; expected a float of 32 bits")
         return mask
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"the annotation with id {record['id']!r} cannot be read: {error}") from error
 
 
@@ -250,15 +276,13 @@ def segmentation_to_counts(segmentation: Any, size_hw: tuple[int, int]) -> str:
     """
     height, width = size_hw
     if isinstance(segmentation, list):
-        try:
-            corners = np.array([number for polygon in segmentation for number in polygon], float)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"its polygons are not lists of numbers: {error}") from error
-        for axis, side in enumerate((width, height)):
-            # Written so that NaN is refused, too.
-            if not ((corners[axis::2] >= -_MAX_OUTSIDE * side) & (corners[axis::2] <= (1 + _MAX_OUTSIDE) * side)).all():
-                raise ValueError(f"a polygon lies far outside the image of {width} x {height} pixels")
-        return rle.polygons_to_counts([[float(number) for number in polygon] for polygon in segmentation], size_hw)
+        for polygon in segmentation:
+            if not isinstance(polygon, list) or not all(map(is_number, polygon)):
+                raise ValueError("its polygons are not lists of numbers")
+            for axis, side in enumerate((width, height)):
+                if not all(-_MAX_OUTSIDE * side <= at <= (1 + _MAX_OUTSIDE) * side for at in polygon[axis::2]):
+                    raise ValueError(f"a polygon lies far outside the image of {width} x {height} pixels")
+        return rle.polygons_to_counts(segmentation, size_hw)
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         raise ValueError("its segmentation is neither a list of polygons nor an RLE with size and counts")
     if segmentation["size"] != [height, width]:
@@ -267,9 +291,14 @@ def segmentation_to_counts(segmentation: Any, size_hw: tuple[int, int]) -> str:
     if isinstance(counts, str):
         rle.check_counts(counts, size_hw)
         return counts
-    if isinstance(counts, list) and all(isinstance(length, int) for length in counts):
+    if isinstance(counts, list) and all(type(length) is int for length in counts):
         return rle.lengths_to_counts(counts, size_hw)
     raise ValueError("the counts of its RLE are neither a string nor a list of whole numbers")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a double holds: JSON has longer ones, and Python reads NaN and Infinity as well."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def add_coco_columns(

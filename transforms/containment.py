@@ -1,4 +1,4 @@
-"""CONTAINMENT: masks within masks of one image: which to keep, and whose part each is.
+"""CONTAIN: masks within masks of one image: which to keep, and whose part each is.
 
 SAM answers a point with a whole, a part and a subpart, so that one object is often labeled at several levels.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 
 from transforms import rle
 from transforms.records import Dropped, Mask
 
-_RULES = ("all", "whole", "parts")
+Rule = Literal["all", "whole", "parts"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class ContainmentConfig:
       containment_thresh: a mask lies within a larger one if at least this fraction of its pixels does.
     """
 
-    containment: str = "all"
+    containment: Rule = "all"
     containment_thresh: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.containment not in _RULES:
-            raise ValueError(f"containment must be one of {', '.join(_RULES)}, got {self.containment}")
+        if self.containment not in get_args(Rule):
+            raise ValueError(f"containment must be one of {', '.join(get_args(Rule))}, got {self.containment}")
         if not 0 < self.containment_thresh <= 1:
             raise ValueError(f"containment_thresh must be a fraction above 0, at most 1, got {self.containment_thresh}")
 

@@ -22,6 +22,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -58,15 +59,15 @@ class ImageConfig:
     """How image files become pixels.
 
     Attributes:
-      exif: "apply" turns the image upright as its EXIF orientation says, as viewers and annotation tools show it, so
-        masks fit what people see. "ignore" keeps the stored pixels, for labels that were drawn on those.
+      exif: apply turns the image upright as its EXIF orientation says, as viewers and annotation tools show it, so
+        masks fit what people see. ignore keeps the stored pixels, for labels that were drawn on those.
       max_pixels: largest width x height that is decoded; larger ones fail from their header alone. It guards against
         decompression bombs: a file of a few kilobytes may claim gigabytes of pixels. Decoding takes about 7 bytes of
         memory a pixel (WebP 16), so the default is up to 1.75 GB for one image; it admits the largest cameras (150
         million) and most scans. Lower it where workers have little memory, raise it for aerial or microscope images.
     """
 
-    exif: str = "apply"
+    exif: Literal["apply", "ignore"] = "apply"
     max_pixels: int = 250_000_000
 
     def __post_init__(self) -> None:

@@ -18,8 +18,9 @@ from apache_beam.io.filesystems import FileSystems
 from transforms.resume import committed_chunks
 from transforms.schema import ANNOTATIONS, IMAGES
 from transforms.summary import read_json
-from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, RUN_FILE, chunk_name
+from transforms.write import ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR, RUN_FILE, chunk_name
 
+_EXPECTED = "Expected the --output of `maskbeam label`, `refine` or `import`."
 _MADE_BY_US = {"root", "model_fingerprint", "amg"}
 
 
@@ -52,20 +53,20 @@ def read_run(labels: str) -> dict[str, Any]:
     """The content of run.json.
 
     Args:
-      labels: directory that `maskbeam label` or `maskbeam import` wrote, on any Beam file system.
+      labels: directory that `maskbeam label`, `refine` or `import` wrote, on any Beam file system.
 
     Raises:
       ValueError: the directory is not one of ours.
     """
     path = FileSystems.join(labels, RUN_FILE)
     if not FileSystems.exists(path):
-        raise ValueError(f"{labels} holds no labels: there is no {RUN_FILE}. Give the --output of `maskbeam label`.")
+        raise ValueError(f"{labels} holds no labels: there is no {RUN_FILE}. {_EXPECTED}")
     try:
         run = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}. Label again, into another --output.") from error
     if not isinstance(run, dict) or not run.keys() >= _MADE_BY_US:
-        raise ValueError(f"{path} was not written by maskbeam. Give the --output of `maskbeam label`.")
+        raise ValueError(f"{path} was not written by maskbeam. {_EXPECTED}")
     return run
 
 
@@ -73,10 +74,11 @@ def list_chunks(labels: str) -> list[tuple[str, int]]:
     """Shard and index of each committed chunk, in the order in which everything that reads labels goes through them.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or the directory is not one of ours.
     """
     chunks = [(shard, index) for shard, indices in sorted(committed_chunks(labels).items()) for index in indices]
     if not chunks:
+        read_run(labels)  # which tells better what is wrong with a directory that is none of ours
         raise ValueError(f"{labels} holds no finished chunk. Let `maskbeam label` run until it has committed some.")
     return chunks
 
@@ -87,10 +89,15 @@ def read_chunk(labels: str, shard: str, index: int) -> ChunkTables:
     Raises:
       ValueError: a file is damaged, or is not one of ours.
     """
-    images, annotations = (
-        _read_table(FileSystems.join(labels, directory, chunk_name(shard, index)), schema)
-        for directory, schema in ((IMAGES_DIR, IMAGES), (ANNOTATIONS_DIR, ANNOTATIONS))
-    )
+    tables = []
+    for directory, schema in ((IMAGES_DIR, IMAGES), (ANNOTATIONS_DIR, ANNOTATIONS)):
+        path = FileSystems.join(labels, directory, chunk_name(shard, index))
+        tables.append(_read_table(path))
+        if missing := [name for name in schema.names if name not in tables[-1].column_names]:
+            raise ValueError(
+                f"{path} has no column {missing[0]}: it was not written by maskbeam, or by another version."
+            )
+    images, annotations = tables
     strays = set(annotations["image_id"].unique().to_pylist()) - set(images["image_id"].to_pylist())
     if strays:
         raise ValueError(
@@ -116,21 +123,26 @@ def read_image_ids(labels: str, chunks: list[tuple[str, int]]) -> Iterator[str]:
     Raises:
       ValueError: a file is damaged, or is not one of ours.
     """
-    schema = pa.schema([IMAGES.field("image_id")])
     for shard, index in chunks:
         path = FileSystems.join(labels, IMAGES_DIR, chunk_name(shard, index))
-        yield from _read_table(path, schema, schema.names)["image_id"].to_pylist()
+        yield from _read_table(path, ["image_id"])["image_id"].to_pylist()
 
 
-def _read_table(path: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+def read_candidates(labels: str, shard: str, index: int, columns: list[str]) -> pa.Table:
+    """Columns of the candidates of a committed chunk; "segmentation.counts" is a part of one.
+
+    Raises:
+      ValueError: the file is not there or damaged.
+    """
+    return _read_table(FileSystems.join(labels, CANDIDATES_DIR, chunk_name(shard, index)), columns)
+
+
+def _read_table(path: str, columns: list[str] | None = None) -> pa.Table:
     try:
         with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-            table = pq.read_table(file, columns=columns)
+            return pq.ParquetFile(file).read(columns)  # read_table does not know parts of structs
     except (ValueError, OSError, pa.ArrowException) as error:
         first_line = str(error).partition("\n")[0]
         raise ValueError(
-            f"{path} cannot be read: {first_line}. If it is damaged, delete it and label again."
+            f"{path} cannot be read: {first_line}. Delete it, if it is there, and run the command that made it again."
         ) from error
-    if missing := [name for name in schema.names if name not in table.column_names]:
-        raise ValueError(f"{path} has no column {missing[0]}: it was not written by maskbeam, or by another version.")
-    return table

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
+from typing import Literal
 from urllib.parse import quote
 
 import apache_beam as beam
@@ -36,14 +37,14 @@ class InputConfig:
     """What to label.
 
     Attributes:
-      input: files, directories and globs.
-      input_format: one of FORMATS, for every matched file; None = by each file's name.
+      input: files, directories and globs, on any Beam file system.
+      input_format: format of all files. Default: by each file's name.
       chunk_size: images in a chunk, at least 1: more makes larger output files, fewer loses less work when killed.
-      limit: label only the first so many images, at least 1; None = all.
+      limit: label only the first so many images, at least 1. Default: all.
     """
 
     input: tuple[str, ...]
-    input_format: str | None = None
+    input_format: Literal["image", "tfrecord", "tar", "parquet"] | None = None
     chunk_size: int = 32
     limit: int | None = None
 

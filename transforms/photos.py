@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -21,7 +22,11 @@ class Photos:
     """The photos of a run. Ask for those of a shard in the order of their rows: then it is read once."""
 
     def __init__(
-        self, root: str, patterns: Sequence[str] | None, input_format: str | None = None, read: ReadConfig | None = None
+        self,
+        root: str,
+        patterns: Sequence[str] | None,
+        input_format: Literal["image", "tfrecord", "tar", "parquet"] | None = None,
+        read: ReadConfig | None = None,
     ) -> None:
         """
         Args:

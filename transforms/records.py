@@ -137,10 +137,11 @@ class Mask:
       counts: COCO compressed RLE, column-major.
       bbox_xywh: pixels, COCO's convention (pycocotools' toBbox of the RLE).
       area: pixels.
-      predicted_iou: the model's own estimate of the mask's quality.
-      stability_score: IoU of the mask cut at a higher and at a lower logit, [0, 1]; NaN where both are empty.
-      point_xy: the prompt that made it, in pixels of the image.
-      crop_box_xywh: the crop it was made in, pixels of the image.
+      predicted_iou: the model's own estimate of the mask's IoU with the object; of an imported mask its score, or NaN.
+      stability_score: IoU of the mask cut at a higher and at a lower logit, [0, 1]; NaN where both are empty, and where
+        an imported mask has none.
+      point_xy: the prompt that made it, in pixels of the image; NaN where an imported mask has none.
+      crop_box_xywh: the crop it was made in, pixels of the image; all of the image where an imported mask has none.
       parent_id: mask_index of the smallest mask of the image that contains it; None if there is none, or if nobody
         looked (`label` does not).
     """
@@ -207,7 +208,7 @@ class LabeledImage:
       sha256: of the bytes, hex; empty where there were none.
       size_hw: (H, W) in pixels after orientation; None where decoding failed.
       exif_orientation: 1..8 as stored in the file, 1 where it says nothing.
-      num_candidates: prompts x 3; equals len(masks) + dropped.total().
+      num_candidates: prompts x 3, or the masks of an imported image; equals len(masks) + dropped.total().
       candidates: with keep_candidates those above the bar, a tuple a crop, as the model proposed them.
     """
 

@@ -1,4 +1,4 @@
-"""Refine: masks chosen anew from stored candidates, without the model.
+"""REFINE: masks chosen anew from stored candidates, without the model.
 
 What `maskbeam label --keep_candidates` stored goes through the steps of transforms/select.py once more, in the order in
 which the model proposed it, so that the same settings give the same rows.

@@ -77,25 +77,47 @@ def runs_to_counts(runs: Runs) -> str:
     return coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)["counts"].decode()
 
 
+def counts_to_lengths(counts: str) -> np.ndarray:
+    """Run lengths of a compressed RLE, (R,) int64, zeros first.
+
+    The string holds each length, from the fourth on its difference from the one before the last, in groups of 5 bits,
+    lowest first; a character is 48 plus the group, plus 32 if more groups follow, and the last group has the sign
+    (rleFrString in cocodataset/cocoapi, common/maskApi.c).
+
+    Raises:
+      ValueError: the string is no RLE. pycocotools does not check, and reads or writes where it should not.
+
+    >>> counts_to_lengths("22")
+    array([2, 2])
+    """
+    groups = np.frombuffer(counts.encode(), np.uint8) - 48  # characters below 48 wrap around, beyond 63
+    if not len(groups) or groups.max() > 63 or groups[-1] >= 32:
+        raise ValueError(f"{counts[:40]!r} is no compressed RLE")
+    last = np.flatnonzero(groups < 32)  # of each number
+    first = np.zeros_like(last)
+    first[1:] = last[:-1] + 1
+    sizes = last - first + 1
+    if sizes.max() > 7:  # 35 bits
+        raise ValueError(f"{counts[:40]!r} is no compressed RLE: it has a length beyond 32 bits")
+    places = np.arange(len(groups)) - np.repeat(first, sizes)
+    lengths = np.add.reduceat((groups & 31).astype(np.int64) << 5 * places, first)
+    lengths -= (groups[last] & 16).astype(np.int64) << 5 * sizes - 4  # the sign
+    lengths[1::2] = np.cumsum(lengths[1::2])
+    lengths[2::2] = np.cumsum(lengths[2::2])
+    return lengths
+
+
 def counts_to_runs(counts: str, size_hw: tuple[int, int]) -> Runs:
     """Inverse of runs_to_counts, without the pixels.
 
-    Each character holds five bits of a number, lowest first, and says whether more follow; from the fourth on, the
-    numbers are differences from the last but one (cocodataset/cocoapi, common/maskApi.c, rleFrString).
+    Raises:
+      ValueError: the string is no RLE.
 
     >>> counts_to_runs("22", (2, 2))
     Runs(size_hw=(2, 2), starts=array([2]), ends=array([4]))
     """
-    characters = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero((characters & 32) == 0)  # of each number
-    first = np.r_[0, last[:-1] + 1][: len(last)]
-    place = np.arange(len(characters)) - np.repeat(first, last - first + 1)
-    lengths = np.add.reduceat((characters & 31) << (5 * place), first) if len(first) else first
-    lengths -= ((characters[last] >> 4) & 1) << (5 * (place[last] + 1))  # the sign
-    lengths[1::2] = np.cumsum(lengths[1::2])
-    lengths[2::2] = np.cumsum(lengths[2::2])
-    bounds = np.cumsum(lengths)
-    return join_runs([Runs(size_hw, bounds[:-1:2], bounds[1::2])], size_hw)
+    bounds = np.cumsum(counts_to_lengths(counts))
+    return join_runs([Runs(size_hw, bounds[:-1:2], bounds[1::2])], size_hw)  # others have runs of length 0
 
 
 def area_and_bbox_xywh(counts: str, size_hw: tuple[int, int]) -> tuple[int, tuple[float, float, float, float]]:
@@ -164,44 +186,13 @@ def polygons_to_counts(polygons: list[list[float]], size_hw: tuple[int, int]) ->
     return coco_mask.merge(coco_mask.frPyObjects(polygons, *size_hw))["counts"].decode()
 
 
-def counts_to_lengths(counts: str) -> np.ndarray:
-    """Run lengths of a compressed RLE, (R,) int64, zeros first.
-
-    The string holds each length, from the fourth on its difference from the one before the last, in groups of 5 bits,
-    lowest first; a character is 48 plus the group, plus 32 if more groups follow, and the last group has the sign
-    (rleFrString in cocodataset/cocoapi, common/maskApi.c).
-
-    Raises:
-      ValueError: the string is no RLE. pycocotools does not check, and reads or writes where it should not.
-
-    >>> counts_to_lengths("22")
-    array([2, 2])
-    """
-    groups = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
-    more = groups & 32 != 0
-    if not len(groups) or groups.min() < 0 or groups.max() > 63 or more[-1]:
-        raise ValueError(f"{counts[:40]!r} is no compressed RLE")
-    ends = np.flatnonzero(~more)
-    starts = np.r_[0, ends[:-1] + 1]
-    sizes = ends - starts + 1
-    if sizes.max() > 7:  # 35 bits
-        raise ValueError(f"{counts[:40]!r} is no compressed RLE: it has a length beyond 32 bits")
-    shifts = 5 * (np.arange(len(groups)) - np.repeat(starts, sizes))
-    lengths = np.add.reduceat((groups & 31) << shifts, starts)
-    negative = groups[ends] & 16 != 0
-    lengths[negative] -= 1 << 5 * sizes[negative]
-    lengths[1::2] = np.cumsum(lengths[1::2])
-    lengths[2::2] = np.cumsum(lengths[2::2])
-    return lengths
-
-
 def check_counts(counts: str, size_hw: tuple[int, int]) -> None:
     """Checks a compressed RLE that others made.
 
     Raises:
       ValueError: it is not one of an image of this size.
     """
-    _check_lengths(counts_to_lengths(counts), size_hw)
+    _check_lengths(counts_to_lengths(counts).tolist(), size_hw)
 
 
 def lengths_to_counts(lengths: list[int], size_hw: tuple[int, int]) -> str:
@@ -213,14 +204,14 @@ def lengths_to_counts(lengths: list[int], size_hw: tuple[int, int]) -> str:
     >>> lengths_to_counts([2, 2], (2, 2))
     '22'
     """
-    _check_lengths(np.array(lengths, np.int64), size_hw)
+    _check_lengths(lengths, size_hw)
     return coco_mask.frPyObjects({"size": list(size_hw), "counts": lengths}, *size_hw)["counts"].decode()
 
 
-def _check_lengths(lengths: np.ndarray, size_hw: tuple[int, int]) -> None:
+def _check_lengths(lengths: list[int], size_hw: tuple[int, int]) -> None:
     height, width = size_hw
-    if lengths.min(initial=0) < 0 or lengths.sum() != height * width:
+    if min(lengths, default=0) < 0 or sum(lengths) != height * width:
         raise ValueError(
-            f"the runs have {lengths.sum()} pixels, the shortest {lengths.min(initial=0)}; expected {height} x {width} "
+            f"the runs have {sum(lengths)} pixels, the shortest {min(lengths, default=0)}; expected {height} x {width} "
             f"= {height * width} pixels and no negative run"
         )

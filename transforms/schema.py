@@ -61,16 +61,27 @@ ANNOTATIONS = pa.schema(
         _field(
             "stability_score",
             pa.float32(),
-            "IoU of the masks cut at logits mask_threshold + and - stability_score_offset; NaN if both are empty.",
+            "IoU of the masks cut at logits mask_threshold + and - stability_score_offset; NaN if both are empty, and "
+            "where an imported mask has none.",
         ),
-        _field("point_coords", _list(_list(pa.float64())), "[[x, y]] of the prompt that made the mask, in pixels."),
-        _field("crop_box", _list(pa.float64()), "[x, y, width, height] of the crop the mask was made in, in pixels."),
+        _field(
+            "point_coords",
+            _list(_list(pa.float64())),
+            "[[x, y]] of the prompt that made the mask, in pixels; NaN where an imported mask has none.",
+        ),
+        _field(
+            "crop_box",
+            _list(pa.float64()),
+            "[x, y, width, height] of the crop the mask was made in, in pixels; the image where an imported mask has "
+            "none.",
+        ),
         _field("category_id", pa.int32(), "1 = object; imported labels have those of their file."),
         _field("iscrowd", pa.int8(), "0; imported labels may have crowds, 1."),
         _field(
             "rank",
             pa.int32(),
-            "Order of the image's masks by predicted_iou times stability_score: 0 = highest; equal ones by mask_index.",
+            "Order of the image's masks by predicted_iou times stability_score: 0 = highest; equal ones by mask_index. "
+            "An unknown stability of an imported mask counts as 1; without a score it comes last.",
         ),
         _field(
             "parent_id",
@@ -150,7 +161,9 @@ IMAGES = pa.schema(
 def annotation_rows(image: LabeledImage) -> list[dict[str, Any]]:
     """Rows of the annotations table, one a mask."""
     masks = image.masks
-    ranks = rank_masks([mask.predicted_iou for mask in masks], [mask.stability_score for mask in masks]).tolist()
+    ranks = rank_masks(
+        [mask.predicted_iou for mask in masks], [mask.stability_score for mask in masks], [mask.area for mask in masks]
+    ).tolist()
     return [
         {
             "image_id": image.source.image_id,
@@ -172,7 +185,7 @@ def annotation_rows(image: LabeledImage) -> list[dict[str, Any]]:
 
 
 def row_to_mask(row: dict[str, Any]) -> Mask:
-    """Inverse of annotation_rows for one row. Needs no rank: labels from before it was stored have none."""
+    """Inverse of annotation_rows for one row."""
     height, width = row["segmentation"]["size"]
     x, y, w, h = row["bbox"]
     crop_x, crop_y, crop_w, crop_h = row["crop_box"]
@@ -186,7 +199,7 @@ def row_to_mask(row: dict[str, Any]) -> Mask:
         stability_score=row["stability_score"],
         point_xy=(point_x, point_y),
         crop_box_xywh=(crop_x, crop_y, crop_w, crop_h),
-        parent_id=row.get("parent_id"),  # labels of earlier versions have no such column
+        parent_id=row["parent_id"],
     )
 
 

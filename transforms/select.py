@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,13 +31,13 @@ class SelectionConfig:
       box_nms_thresh: of two masks of a crop with a higher IoU than this, the one with the lower predicted IoU goes.
       crop_nms_thresh: likewise between crops, where the mask of the smaller crop stays.
       min_mask_region_area: holes and islands inside masks below this many pixels are removed. 0 switches it off.
-      nms_by: "box" as the reference does, or "mask": IoU of the masks themselves. Slower, but a thin diagonal object
+      nms_by: box, as the reference does, or mask: IoU of the masks themselves. Slower, but a thin diagonal object
         survives beside what fills its box.
       min_mask_area: drop masks of fewer pixels.
-      max_mask_area: drop masks of more pixels; None = no limit.
+      max_mask_area: drop masks of more pixels. Default: no limit.
       min_mask_area_fraction: drop masks that cover less than this fraction of the image.
       max_mask_area_fraction: drop masks that cover this fraction or more; 1 switches it off.
-      max_masks: keep at most this many masks an image, those with the highest predicted IoU; None = all.
+      max_masks: keep at most this many masks an image, those with the highest predicted IoU. Default: all.
     """
 
     pred_iou_thresh: float = 0.88
@@ -45,7 +45,7 @@ class SelectionConfig:
     box_nms_thresh: float = 0.7
     crop_nms_thresh: float = 0.7
     min_mask_region_area: int = 0
-    nms_by: str = "box"
+    nms_by: Literal["box", "mask"] = "box"
     min_mask_area: int = 0
     max_mask_area: int | None = None
     min_mask_area_fraction: float = 0.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
 
 import apache_beam as beam
 from apache_beam.io.filesystem import CompressionTypes
@@ -26,15 +26,25 @@ def sum_totals(totals: Iterable[Totals]) -> Totals:
 
 def write_json(path: str, content: dict[str, Any]) -> None:
     """Writes a JSON file on any Beam file system, replacing it as a whole."""
+    try:
+        with replace_file(path) as file:
+            file.write(json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+    except Exception as error:
+        raise OSError(f"cannot write {path}: {describe_error(error)}") from error
+
+
+@contextlib.contextmanager
+def replace_file(path: str) -> Iterator[IO[bytes]]:
+    """A file to write, on any Beam file system, that gets its name when all is written, and else is deleted."""
     temporary = f"{path}.{uuid.uuid4().hex}"
     try:
         with FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-            file.write(json.dumps(content, indent=2, sort_keys=True).encode() + b"\n")
+            yield file
         FileSystems.rename([temporary], [path])
-    except Exception as error:
+    except BaseException:
         with contextlib.suppress(Exception):  # it may never have been there
             delete_file(temporary)
-        raise OSError(f"cannot write {path}: {describe_error(error)}") from error
+        raise
 
 
 def read_json(path: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from transforms import rle
+from transforms.coco import group_by_image, is_number, name_and_size, segmentation_to_counts
 
 
 @dataclass(frozen=True)
@@ -14,13 +14,13 @@ class TruthObject:
     """One annotation.
 
     Attributes:
-      annotation_id: its id.
+      annotation_id: its id, a number or a string.
       counts: COCO compressed RLE of its mask.
       bbox_xywh: the annotation's own box, in pixels.
       area: the annotation's own area, in pixels; COCO's is that of the polygons. It decides what is small or large.
     """
 
-    annotation_id: int
+    annotation_id: int | str
     counts: str
     bbox_xywh: tuple[float, float, float, float]
     area: float
@@ -31,13 +31,13 @@ class TruthImage:
     """One image of the truth.
 
     Attributes:
-      image_id: its id in the JSON.
+      image_id: its id in the JSON, a number or a string.
       file_name: as the JSON has it, unique.
       size_hw: (H, W) in pixels.
       annotations: as the JSON has them, those of crowd regions too.
     """
 
-    image_id: int
+    image_id: int | str
     file_name: str
     size_hw: tuple[int, int]
     annotations: tuple[dict[str, Any], ...]
@@ -62,7 +62,7 @@ class TruthImage:
             try:
                 yield TruthObject(
                     annotation_id=annotation["id"],
-                    counts=_segmentation_to_counts(annotation.get("segmentation"), self.size_hw),
+                    counts=segmentation_to_counts(annotation.get("segmentation"), self.size_hw),
                     bbox_xywh=_numbers(annotation, "bbox", 4),
                     area=_numbers(annotation, "area", 1)[0],
                 )
@@ -70,31 +70,10 @@ class TruthImage:
                 raise ValueError(f"annotation {annotation['id']} of {self.file_name}: {error}") from error
 
 
-def _segmentation_to_counts(segmentation: Any, size_hw: tuple[int, int]) -> str:
-    """COCO compressed RLE of polygons, of RLE or of uncompressed RLE; the pixels are those of pycocotools' annToRLE."""
-    if isinstance(segmentation, list) and all(map(_is_polygon, segmentation)):
-        return rle.polygons_to_counts(segmentation, size_hw)
-    if not isinstance(segmentation, dict):
-        raise ValueError("its segmentation is neither an RLE nor a list of polygons [x, y, x, y, ...]")
-    size, counts = segmentation.get("size"), segmentation.get("counts")
-    if size != list(size_hw):
-        raise ValueError(f"its RLE has the size {size}, the image [height, width] {list(size_hw)}")
-    if isinstance(counts, str):
-        rle.check_counts(counts, size_hw)
-        return counts
-    if isinstance(counts, list) and all(isinstance(length, int) for length in counts):
-        return rle.lengths_to_counts(counts, size_hw)
-    raise ValueError("the counts of its RLE are neither a compressed string nor a list of run lengths")
-
-
-def _is_polygon(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(number, (int, float)) for number in value)
-
-
 def _numbers(annotation: dict[str, Any], name: str, count: int) -> Any:
     value = annotation.get(name)
     numbers = tuple(value) if isinstance(value, list) else (value,)
-    if len(numbers) != count or not all(isinstance(number, (int, float)) for number in numbers):
+    if len(numbers) != count or not all(map(is_number, numbers)):
         raise ValueError(f"{name} is {value}, expected {'a number' if count == 1 else f'{count} numbers'}")
     return numbers
 
@@ -112,32 +91,10 @@ def parse_instances(content: Any) -> dict[str, TruthImage]:
     for name in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             raise ValueError(f'it has no list "{name}"; expected COCO instances JSON')
-    by_id: dict[int, list[dict[str, Any]]] = {}
-    for image in content["images"]:
-        _require(image, "image", {"id": int, "file_name": str, "height": int, "width": int})
-        if image["id"] in by_id:
-            raise ValueError(f"it has two images with the id {image['id']}")
-        by_id[image["id"]] = []
-    seen = set()
-    for annotation in content["annotations"]:
-        _require(annotation, "annotation", {"id": int, "image_id": int})
-        if annotation["id"] in seen:
-            raise ValueError(f"it has two annotations with the id {annotation['id']}")
-        seen.add(annotation["id"])
-        if annotation["image_id"] not in by_id:
-            raise ValueError(f"annotation {annotation['id']} is of image {annotation['image_id']}, which is not there")
-        by_id[annotation["image_id"]].append(annotation)
     truth: dict[str, TruthImage] = {}
-    for image in content["images"]:
-        name = image["file_name"]
+    for image, own in group_by_image(content["images"], content["annotations"]):
+        name, size_hw = name_and_size(image)
         if name in truth:
             raise ValueError(f"it has two images with the file_name {name}: ids {truth[name].image_id}, {image['id']}")
-        truth[name] = TruthImage(image["id"], name, (image["height"], image["width"]), tuple(by_id[image["id"]]))
+        truth[name] = TruthImage(image["id"], name, size_hw, tuple(own))
     return truth
-
-
-def _require(entry: Any, kind: str, types: dict[str, type]) -> None:
-    for name, expected in types.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get(name), expected):
-            told = f"{str(entry)[:200]}{'...' if len(str(entry)) > 200 else ''}"
-            raise ValueError(f"{kind} {told} has no {name} of type {expected.__name__}")

@@ -1,0 +1,88 @@
+"""How commands show their results: tables and names for people, files of results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.options import UsageError
+from transforms.match import absolute
+from transforms.summary import replace_file, write_json
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table: the first column to the left, the others to the right.
+
+    >>> format_table([("masks", "20", "100%"), ("  lost", "7", "")])
+    ['masks   20  100%', '  lost   7']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [f"{name:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))]
+        ).rstrip()
+        for name, *cells in rows
+    ]
+
+
+def format_share(part: int, whole: int) -> str:
+    """A part in percent; nothing of nothing.
+
+    >>> format_share(1, 3), format_share(0, 0)
+    ('33.3%', '')
+    """
+    return f"{part / whole:.1%}" if whole else ""
+
+
+def format_mean(value: float | None) -> str:
+    """A mean of fractions; a dash if there was nothing to average.
+
+    >>> format_mean(2 / 3), format_mean(None)
+    ('0.6667', '-')
+    """
+    return "-" if value is None else f"{value:.4f}"
+
+
+def format_some(names: Sequence[str], most: int = 3) -> str:
+    """The first of some names.
+
+    >>> format_some(["a", "b", "c", "d"]), format_some([])
+    ('a, b, c, ...', 'none')
+    """
+    return ", ".join(map(escape_controls, names[:most])) + (", ..." if len(names) > most else "") or "none"
+
+
+def escape_controls(text: str) -> str:
+    r"""Names come from the input: what a terminal would obey, or could not print, is shown as Python writes it.
+
+    >>> print(escape_controls("a\x1b[2J"))
+    a\x1b[2J
+    """
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def write_result(path: str | None, content: dict[str, Any]) -> None:
+    """Writes what --json asks for, on any Beam file system; nothing if it was not given.
+
+    Raises:
+      UsageError: it cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        write_json(absolute(path), content)
+    except (OSError, ValueError) as error:  # ValueError: a file system that Beam does not know
+        raise UsageError(f"cannot write --json {path}: {error}. Choose a file that can be written.") from error
+
+
+def write_picture(path: str, png: bytes) -> None:
+    """Writes what --plot asks for, on any Beam file system.
+
+    Raises:
+      UsageError: it cannot be written.
+    """
+    try:
+        with replace_file(absolute(path)) as file:
+            file.write(png)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot write --plot {path}: {error}. Choose a file that can be written.") from error

@@ -1,0 +1,71 @@
+"""What all subcommands have in common: exit codes, and flags of one name that mean the same."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import NoReturn
+
+import pytest
+
+from pipeline import cli
+
+COMMANDS = list(cli._COMMANDS)
+
+# Flags that several commands have, and words that each of them says of one.
+SHARED = {
+    "--labels": "directory of labels, as `label",
+    "--output": "directory of|file for coco",
+    "--overwrite": "delete (the labels|what) .*an earlier (run|export) left in output and start anew",
+    "--json": "file for the whole (result|plan).*, on any Beam file system; replaced if it exists",
+    "--seed": "another one draws",
+}
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_there_and_says_the_same_of_flags_of_one_name(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    printed = help_of(command, capsys)
+    assert printed.startswith(f"usage: maskbeam {command} ")
+    for flag, words in SHARED.items():
+        if flag in printed.split():
+            (told,) = re.findall(rf"^  {flag} .*(?:\n {{24}}.*)?", printed, re.MULTILINE)
+            assert re.search(words, told), told
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flags", [["--no_such_flag"], ["--output", ""], ["--json", ""]])
+def test_a_wrong_command_line_is_told_in_a_line(
+    command: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, *flags]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and re.fullmatch(rf"maskbeam {command}: .+\n", printed.err)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_interrupt_is_told_in_a_line(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(argv: list[str]) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module(cli._COMMANDS[command][0]), "main", interrupted)
+    assert cli.main([command]) == 130
+    assert capsys.readouterr().err == "maskbeam: interrupted\n"
+
+
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["-h"], 0), (["lable"], 2)])
+def test_the_program_lists_its_commands(argv: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == code
+    printed = "".join(capsys.readouterr())
+    assert all(re.search(rf"\b{command}\b", printed) for command in COMMANDS)
