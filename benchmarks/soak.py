@@ -46,15 +46,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from benchmarks import fuzz
-from benchmarks.compare import (
-    REPOSITORY,
-    SHIPPED_PHOTOS,
-    TINY_THRESHOLDS,
-    describe_machine,
-    find_photos,
-    print_machine,
-    set_environment,
-)
+from benchmarks.machine import describe_machine, print_machine, set_environment
+from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, TINY_THRESHOLDS, find_photos
 
 GRID = ["--points_per_side=4", "--points_per_batch=16"]
 THRESHOLDS = [f"--{name}={value}" for name, value in TINY_THRESHOLDS.items()]
