@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.compare import describe_machine, print_machine, set_environment
+from benchmarks.machine import describe_machine, print_machine, set_environment
 from pipeline.refine import parse_refine, run_refine
 from transforms import rle
 from transforms.amg import AmgConfig
