@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pipeline.options import UsageError, parse_job
+from pipeline.progress import progress_bar
 from pipeline.report_writer import (
     ShownImage,
     begin_report,
@@ -198,9 +199,7 @@ def _prepare_output(config: ReportConfig) -> Path:
 
 def _with_progress(chunks: Iterator[ChunkTables], num_images: int) -> Iterator[ChunkTables]:
     """The chunks, with a progress bar of their images if somebody is there to see it."""
-    with tqdm(
-        total=num_images, unit="image", dynamic_ncols=True, file=sys.stderr, disable=not sys.stderr.isatty()
-    ) as bar:
+    with progress_bar(total=num_images, unit="image") as bar:
         for chunk in chunks:
             yield chunk
             bar.update(chunk.images.num_rows)
@@ -209,11 +208,7 @@ def _with_progress(chunks: Iterator[ChunkTables], num_images: int) -> Iterator[C
 def _rows(chunks: Iterator[ChunkTables]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Each image's row, with its masks' rows in their order."""
     for chunk in chunks:
-        masks: dict[str, list[dict[str, Any]]] = {}
-        for mask in chunk.annotations.to_pylist():
-            masks.setdefault(mask["image_id"], []).append(mask)
-        for row in chunk.images.to_pylist():
-            yield row, sorted(masks.get(row["image_id"], []), key=lambda mask: int(mask["mask_index"]))
+        yield from chunk.rows()
 
 
 def _write_pictures(
