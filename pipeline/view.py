@@ -25,6 +25,7 @@ from pipeline.report_writer import (
     write_page,
 )
 from pipeline.run import EXIT_DONE, EXIT_FAILED
+from transforms import rle
 from transforms.draw import draw_masks
 from transforms.images import ImageConfig
 from transforms.labels import ChunkTables, list_chunks, read_chunk, read_image_ids, read_run
@@ -135,7 +136,7 @@ def run_view(job: ViewJob) -> int:
         if job.report.png:
             return _write_pictures(chunks, ids, photos, images, output)
         return _write_report(job, chunks, ids, photos, images, run, output)
-    except ValueError as error:  # a file of the labels is damaged
+    except (ValueError, OSError) as error:  # the labels are damaged, or the output cannot be written
         print(f"maskbeam: {error}", file=sys.stderr)
         return EXIT_FAILED
 
@@ -206,9 +207,28 @@ def _with_progress(chunks: Iterator[ChunkTables], num_images: int) -> Iterator[C
 
 
 def _rows(chunks: Iterator[ChunkTables]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Each image's row, with its masks' rows in their order."""
+    """Each image's row, with its masks' rows.
+
+    Raises:
+      ValueError: a mask is damaged. What decodes RLE does not check, and would write where it should not.
+    """
     for chunk in chunks:
-        yield from chunk.rows()
+        for row, masks in chunk.rows():
+            for mask in masks:
+                _check_mask(mask, row)
+            yield row, masks
+
+
+def _check_mask(mask: dict[str, Any], image: dict[str, Any]) -> None:
+    size = mask["segmentation"]["size"]
+    try:
+        if size != [image["height"], image["width"]]:
+            raise ValueError(f"its size is {size}, the image's {[image['height'], image['width']]}")
+        rle.check_counts(mask["segmentation"]["counts"], (image["height"], image["width"]))
+    except ValueError as error:
+        raise ValueError(
+            f"mask {mask['mask_index']} of {image['image_id']} is damaged: {error}. Label again."
+        ) from error
 
 
 def _write_pictures(

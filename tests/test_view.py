@@ -306,6 +306,45 @@ def test_damaged_labels_are_told_and_the_report_can_be_made_again(
     assert shown_ids(tmp_path / "report") == ALL
 
 
+def test_damaged_masks_are_told(labeled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """pycocotools would write beyond its memory."""
+    labels = shutil.copytree(labeled / "labels", tmp_path / "labels")
+    path = sorted((labels / "annotations").iterdir())[0]
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[1]["segmentation"]["counts"] = "o" * 40
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    assert view("--labels", labels, "--output", tmp_path / "report") == 1
+    assert f"mask 1 of {HOSTILE} is damaged: " in capsys.readouterr().err
+
+
+def test_imported_labels_are_shown(tmp_path: Path) -> None:
+    """COCO annotations have neither scores nor prompts, and their photos lie elsewhere."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/1.png").write_bytes(photo_bytes(1))
+    square = {"id": 1, "image_id": 7, "category_id": 1, "segmentation": [[10, 10, 30, 10, 30, 30, 10, 30]]}
+    content = {
+        "images": [{"id": 7, "file_name": "1.png", "width": 64, "height": 48}],
+        "annotations": [square],
+        "categories": [{"id": 1, "name": "object"}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    flags = [
+        "--format",
+        "coco",
+        "--annotations",
+        str(tmp_path / "instances.json"),
+        "--output",
+        str(tmp_path / "labels"),
+    ]
+    assert cli.main(["import", *flags]) == 0
+    view("--labels", tmp_path / "labels", "--images", tmp_path / "photos", "--output", tmp_path / "report")
+    index = read_script(tmp_path / "report/data/index.js")
+    assert [(image["id"], image["masks"], image["problem"]) for image in index["images"]] == [("1.png", 1, False)]
+    assert index["statistics"]["predicted_iou"] is None
+    assert index["statistics"]["area_share"]["high"] == pytest.approx(np.log10(400 / (64 * 48)))
+
+
 # In the browser.
 
 

@@ -31,8 +31,9 @@ class Photos:
         """
         Args:
           root: directory that the run's image ids are relative to.
-          patterns: files, directories and globs to look in, as for `label --input`; ids are relative to root if they
-            lie in it, else to their own common directory. None = where the photos were when they were labeled.
+          patterns: files, directories and globs to look in, as for `label --input`. What lies in root is found by its
+            path there, and everything by its path in the directory that all patterns have in common. None = where the
+            photos were when they were labeled.
           input_format: of all files, one of FORMATS; None = by each file's name.
           read: names of features and columns in shards.
 
@@ -47,12 +48,12 @@ class Photos:
         self._row = -1  # the last one read of it
         if patterns is not None:
             matched = match_shards(InputConfig(tuple(patterns), input_format))
-            if not (matched.root + "/").startswith(root.rstrip("/") + "/"):
-                self._root = matched.root
             self._found = {
-                printable(relative_path(file.path, self._root)): self._one_file(file, shard.format)
+                printable(relative_path(file.path, base)): self._one_file(file, shard.format)
+                for base in (matched.root, root)  # the second wins
                 for shard in matched.shards
                 for file in shard.files
+                if base == matched.root or file.path.startswith(root.rstrip("/") + "/")
             }
 
     def read(self, image_id: str, shard_path: str, row: int) -> EncodedImage:
@@ -63,8 +64,8 @@ class Photos:
         """
         shard = self._find(image_id, shard_path, row)
         if shard is None:
-            reason = "it is not where it was labeled" if self._found is None else "it is not among --images"
-            return _missing(image_id, row, f"{reason} (looked below {self._root})")
+            told = f"it is not below {self._root} any more" if self._found is None else "it is not among --images"
+            return _missing(image_id, row, told)
         if shard.format == "image":
             return next(read_images(shard, self._read, self._root))
         if self._current is None or self._current[0] != shard or row <= self._row:
