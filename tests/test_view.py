@@ -496,6 +496,33 @@ def test_sliders_hide_and_show_masks_at_once(
     np.testing.assert_array_equal(drawn(page), everything)
 
 
+def test_unknown_scores_are_hidden_only_if_asked(tmp_path: Path, open_page: Callable[..., Page]) -> None:
+    """Imported results have a predicted IoU, their score, and no stability; annotations have neither."""
+    image = {"id": 7, "file_name": "1.png", "width": 64, "height": 48}
+    category = {"id": 1, "name": "object"}
+    square = [[10, 10, 30, 10, 30, 30, 10, 30]]
+    mask = {"image_id": 7, "category_id": 1, "segmentation": square, "id": 1}
+    (tmp_path / "1.json").write_text(json.dumps({"images": [image], "annotations": [mask], "categories": [category]}))
+    source = ["--annotations", str(tmp_path / "1.json"), "--output", str(tmp_path / "labels")]
+    assert cli.main(["import", "--format", "coco", *source]) == 0
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/1.png").write_bytes(photo_bytes(1))
+    view("--labels", tmp_path / "labels", "--images", tmp_path / "photos", "--output", tmp_path / "report")
+    page = open_page(tmp_path / "report", "#/image/1.png")
+    drawn(page)
+    page.focus("#list")
+    assert page.inner_text("#chosen").count("unknown") == 2
+    for name in ("predicted_iou", "stability_score"):
+        page.locator(f"#{name}").fill("0.9")
+        assert page.inner_text("#num-shown") == "1 of 1 mask shown"
+        assert drawn(page)[..., 3].any()
+        page.check("#hide-unknown")
+        assert page.inner_text("#num-shown") == "0 of 1 mask shown"
+        assert not drawn(page)[..., 3].any()
+        page.click("#reset")
+        assert page.inner_text("#num-shown") == "1 of 1 mask shown"
+
+
 def test_a_mask_under_the_pointer_tells_its_scores(labeled: Path, report: Path, open_page: Callable[..., Page]) -> None:
     page = open_page(report, "#/image/1.png")
     drawn(page)

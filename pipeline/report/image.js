@@ -33,7 +33,9 @@ maskbeam.image = (() => {
     const [min, max] = [Math.floor(low * 100) / 100, Math.ceil(high * 100) / 100];
     return {
       min, max, step: 0.005, all: min,
-      keeps: (mask, value) => value <= min || mask[name] >= value,
+      // Imported masks may have no score. Not knowing it is no reason to hide one, unless that is asked for.
+      keeps: (mask, value) =>
+        value <= min || (Number.isFinite(mask[name]) ? mask[name] >= value : !byId("hide-unknown").checked),
       tell: (value) => value.toFixed(3),
     };
   }
@@ -57,8 +59,10 @@ maskbeam.image = (() => {
   byId("opacity").addEventListener("input", update);
   byId("filled").addEventListener("change", update);
   byId("outlines").addEventListener("change", update);
+  byId("hide-unknown").addEventListener("change", update);
   byId("reset").addEventListener("click", () => {
     for (const [name, slider] of Object.entries(sliders)) byId(name).value = slider.all;
+    byId("hide-unknown").checked = false;
     update();
   });
 
@@ -139,7 +143,7 @@ maskbeam.image = (() => {
     );
   }
 
-  const score = (value) => (Number.isFinite(value) ? value.toFixed(3) : "none");
+  const score = (value) => (Number.isFinite(value) ? value.toFixed(3) : "unknown");
 
   function swatch(mask) {
     const mark = element("span", { className: "swatch" });
@@ -229,6 +233,7 @@ maskbeam.image = (() => {
     else if (details.problem) notice(details.problem);
     masks = readMasks(image, details.masks);
     list.replaceChildren(...masks.map((mask) => mask.option));
+    byId("unknown").hidden = masks.every((mask) => Number.isFinite(mask.predicted_iou) && Number.isFinite(mask.stability_score));
     update();
     preload(maskbeam.gallery.around(image).next);
   }
