@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             checks.append(
                 Check(f"{fuzzed.cases} damaged files", f"{len(fuzzed.offences)} offences", "0", not fuzzed.offences)
             )
-            report["cases"] = asdict(fuzzed)
+            report["cases"] = vars(fuzzed)  # asdict would count the pairs of its Counter
     print_table(checks)
     if args.json:
         report["checks"] = [asdict(check) for check in checks]
