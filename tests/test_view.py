@@ -531,6 +531,7 @@ def test_a_mask_under_the_pointer_tells_its_scores(labeled: Path, report: Path, 
     y, x = inside[len(inside) // 2]
     under = sorted((index for index, mask in enumerate(decoded) if mask[y, x]), key=lambda index: rows[index]["area"])
     box = page.locator("#stage").bounding_box()
+    assert box is not None
     at = (box["x"] + (x + 0.5) * box["width"] / 64, box["y"] + (y + 0.5) * box["height"] / 48)
     page.mouse.move(*at)
     told = page.inner_text("#chosen")
