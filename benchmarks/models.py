@@ -68,8 +68,13 @@ class Answers:
         self._low_size = low_size
         self._image_hw = height * low_size / frame_size, width * low_size / frame_size
         self._stored: np.ndarray | None = None
-        self.predicted_iou = draw_predicted_iou(len(layer_point_grids(config)[0]), config.pred_iou_thresh)
+        self._points = layer_point_grids(config)[0] * (width, height)
+        self.predicted_iou = draw_predicted_iou(len(self._points), config.pred_iou_thresh)
         self.surviving_prompts = _surviving(self.predicted_iou, config.pred_iou_thresh)
+
+    def prompts(self, points_xy: np.ndarray) -> np.ndarray:
+        """Which prompts of the grid (N, 2) points of the frame are: (N,) int."""
+        return np.array([np.abs(self._points - point).sum(axis=1).argmin() for point in points_xy])
 
     def logits(self, prompts: np.ndarray) -> np.ndarray:
         """(len(prompts), 3, low_size, low_size) float32."""
@@ -121,45 +126,36 @@ def draw_logits(rng: np.random.Generator, low_size: int, image_hw: tuple[float, 
     return logits.astype(np.float32)
 
 
-@dataclass
-class _AnsweredContext:
-    """A crop's context, and how many of its prompts have been asked."""
-
-    real: Any
-    prompts: int = 0
-
-
 @dataclass(frozen=True)
 class _AnsweredPrompts:
     """A batch through the real decoder, whose answers are replaced."""
 
     real: Scored
-    first: int
+    prompts: np.ndarray
     sam: AnsweringSam
 
     def predicted_iou(self) -> np.ndarray:
-        real = self.real.predicted_iou()
-        self.sam.network_iou.append(real)
-        return self.sam.answers.predicted_iou[self.first : self.first + len(real)]
+        self.sam.network_iou[self.prompts] = self.real.predicted_iou()
+        return self.sam.answers.predicted_iou[self.prompts]
 
 
 class AnsweringSam:
-    """A Sam that does all the work of another one and then gives the synthetic answers."""
+    """A Sam that does all the work of another one and then gives the synthetic answers, to batches in any order."""
 
     def __init__(self, sam: Sam, answers: Answers) -> None:
         self._sam = sam
         self.answers = answers
         self.frame_size = sam.frame_size
         self.low_size = sam.low_size
-        self.network_iou: list[np.ndarray] = []
+        self.network_iou = np.full_like(answers.predicted_iou, np.nan)
 
-    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> _AnsweredContext:
-        return _AnsweredContext(self._sam.embed(frame, resized_hw))
+    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> Any:
+        return self._sam.embed(frame, resized_hw)
 
-    def score(self, context: _AnsweredContext, points_xy: np.ndarray, points_per_batch: int) -> _AnsweredPrompts:
-        first, context.prompts = context.prompts, context.prompts + len(points_xy)
-        return _AnsweredPrompts(self._sam.score(context.real, points_xy, points_per_batch), first, self)
+    def score(self, context: Any, points_xy: np.ndarray, points_per_batch: int) -> _AnsweredPrompts:
+        scored = self._sam.score(context, points_xy, points_per_batch)
+        return _AnsweredPrompts(scored, self.answers.prompts(points_xy), self)
 
     def low_res_logits(self, scored: _AnsweredPrompts, prompts: np.ndarray) -> np.ndarray:
         self._sam.low_res_logits(scored.real, prompts)
-        return self.answers.logits(scored.first + prompts)
+        return self.answers.logits(scored.prompts[prompts])

@@ -136,7 +136,7 @@ class Ours:
             "(predict_masks, seconds of threads)": result.seconds.predict_masks,
             "(postprocess, seconds of threads)": result.seconds.postprocess,
         }
-        network_iou = np.concatenate(sam.network_iou) if isinstance(sam, AnsweringSam) else None
+        network_iou = sam.network_iou if isinstance(sam, AnsweringSam) else None
         return Run(seconds, stages, {}, result.masks, network_iou)
 
     def run_in_flight(self, data: bytes, copies: int, answers: Answers | None) -> float:

@@ -22,7 +22,9 @@ import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from axe_playwright_python import base as axe_base
 from PIL import Image
+from playwright.sync_api import Page, sync_playwright
 from pycocotools import mask as coco_mask
 
 from pipeline import cli
@@ -30,9 +32,6 @@ from tests.conftest import label, photo_bytes, read_labels
 from tests.test_read import MAKERS
 from transforms.draw import draw_masks, mask_color
 from transforms.schema import row_to_mask
-
-playwright = pytest.importorskip("playwright.sync_api", reason="the report is driven with playwright")
-Page = Any  # of playwright
 
 CHROMIUM = "/usr/bin/chromium"
 CHROMIUM_FLAGS = [
@@ -354,7 +353,7 @@ def browser() -> Iterator[Any]:
         if os.environ.get("MASKBEAM_REQUIRE_CHROMIUM") == "1":
             pytest.fail(f"there is no {CHROMIUM}, and MASKBEAM_REQUIRE_CHROMIUM=1 asks for it")
         pytest.skip(f"there is no {CHROMIUM} to drive the report in (Debian's package chromium)")
-    with playwright.sync_playwright() as driver:
+    with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
         yield browser
         browser.close()
@@ -532,6 +531,7 @@ def test_a_mask_under_the_pointer_tells_its_scores(labeled: Path, report: Path, 
     y, x = inside[len(inside) // 2]
     under = sorted((index for index, mask in enumerate(decoded) if mask[y, x]), key=lambda index: rows[index]["area"])
     box = page.locator("#stage").bounding_box()
+    assert box is not None
     at = (box["x"] + (x + 0.5) * box["width"] / 64, box["y"] + (y + 0.5) * box["height"] / 48)
     page.mouse.move(*at)
     told = page.inner_text("#chosen")
@@ -754,8 +754,7 @@ def test_many_images_come_in_pages(tmp_path: Path, report: Path, open_page: Call
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(report: Path, open_page: Callable[..., Page], scheme: str) -> None:
-    axe_module = pytest.importorskip("axe_playwright_python.base", reason="axe-playwright-python brings axe-core")
-    axe = Path(axe_module.__file__).with_name("axe.min.js").read_text()
+    axe = Path(axe_base.__file__).with_name("axe.min.js").read_text()
     page = open_page(report, scheme=scheme)
     page.evaluate(axe)
     for address in ("#/", "#/?q=none-at-all", "#/image/1.png", f"#/image/{MISSING}", "#/statistics", "#/failed"):
