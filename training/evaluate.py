@@ -22,12 +22,18 @@ import tensorflow as tf
 from PIL import Image
 from scipy import ndimage
 
-from training.photos import decode_instance, read_truth, split_images
 from training.network import predict
+from training.photos import decode_instance, read_truth, split_images
 from training.train import VALIDATION
 from transforms.embedded import resolve_preset
 
-SIZES = {"all": (0, np.inf), "small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf), "over 32x32": (32**2, np.inf)}
+SIZES = {
+    "all": (0, np.inf),
+    "small": (0, 32**2),
+    "medium": (32**2, 96**2),
+    "large": (96**2, np.inf),
+    "over 32x32": (32**2, np.inf),
+}
 
 
 @dataclass(frozen=True)

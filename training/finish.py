@@ -2,8 +2,8 @@
 
 python -m training.finish --photos DIR --truth instances.json --work DIR --preset transforms/presets/sam_tiny
 
-A small model is sure of little, so SAM's default thresholds would keep next to nothing. Two numbers change that, found on
-photos of the training set as `maskbeam label` sees them, and put into the weights of the last layers:
+A small model is sure of little, so SAM's default thresholds would keep next to nothing. Two numbers change that, found
+on photos of the training set as `maskbeam label` sees them, and put into the weights of the last layers:
 
 - predicted IoU is stretched linearly, so that KEPT of the masks lie above SAM's threshold of 0.88 and the median mask
   keeps its value;
@@ -22,8 +22,8 @@ import numpy as np
 import tensorflow as tf
 
 from training.model import build_model
-from training.network import DEVIATION, MEAN, predict
-from training.photos import load_photos, read_truth, split_images
+from training.network import predict
+from training.photos import Photo, load_photos, read_truth, split_images
 from training.scenes import FRAME, place
 from training.train import SEED, VALIDATION
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     write_preset(model, args.preset)
 
 
-def predict_grid(model: keras.Model, photo) -> tuple[np.ndarray, np.ndarray]:
+def predict_grid(model: keras.Model, photo: Photo) -> tuple[np.ndarray, np.ndarray]:
     """Masks 1 to 3 of a grid of clicks: logits of what is not padding, (N, h, w), and predicted IoU, (N,)."""
     height, width = photo.pixels.shape[:2]
     scene = place(photo, (0, 0, width, height), 1.0, False, 1.0)
@@ -89,9 +89,7 @@ def fit_predicted_iou(predicted: np.ndarray) -> tuple[float, float]:
 def fit_stability(logits: list[np.ndarray]) -> float:
     """The smallest factor, at least 1, with which the share STABLE of the masks reaches STABILITY_SCORE_THRESH."""
     for factor in np.geomspace(1, 100, 100):
-        scores = [
-            (mask > 1 / factor).sum() / max(1, (mask > -1 / factor).sum()) for masks in logits for mask in masks
-        ]
+        scores = [(mask > 1 / factor).sum() / max(1, (mask > -1 / factor).sum()) for masks in logits for mask in masks]
         if np.mean(np.array(scores) >= STABILITY_SCORE_THRESH) >= STABLE:
             break
     return float(factor)
@@ -110,13 +108,8 @@ def change_scores(decoder: keras.layers.Layer, scale: float, shift: float, facto
 
 def write_preset(backbone: keras.Model, preset: Path) -> None:
     """Writes a KerasHub preset whose weights are stored as float16, half the size; they load as float32."""
-    converter = keras_hub.layers.SAMImageConverter(
-        image_size=(FRAME, FRAME),
-        scale=[1 / deviation for deviation in DEVIATION],
-        offset=[-mean / deviation for mean, deviation in zip(MEAN, DEVIATION, strict=True)],
-        pad_to_aspect_ratio=True,
-        interpolation="bilinear",
-    )
+    # ViTDetBackbone subtracts SAM's mean itself; the converter scales to 0..1.
+    converter = keras_hub.layers.SAMImageConverter(image_size=(FRAME, FRAME), scale=1 / 255)
     preprocessor = keras_hub.models.SAMImageSegmenterPreprocessor(image_converter=converter)
     keras_hub.models.SAMImageSegmenter(backbone=backbone, preprocessor=preprocessor).save_to_preset(str(preset))
     weights, part = preset / "model.weights.h5", preset / "part.h5"

@@ -2,9 +2,9 @@
 
 Two starts are not random, because they teach a small model in minutes what costs a random one hours:
 
-- The encoder's attention starts local: each head looks at one place beside the query, as a convolution does (d'Ascoli et
-  al., "ConViT", 2021). A channel of the query that is constant, set by its bias, turns the relative position tables into
-  a fixed pattern; training is free to leave it.
+- The encoder's attention starts local: each head looks at one place beside the query, as a convolution does (d'Ascoli
+  et al., "ConViT", 2021). A channel of the query that is constant, set by its bias, turns the relative position tables
+  into a fixed pattern; training is free to leave it.
 - Query and key projections of the decoder's cross attentions start out equal and orthogonal, so that a click's position
   finds itself in the image.
 """

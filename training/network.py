@@ -244,7 +244,7 @@ def norm(x: tf.Tensor, layer: keras.layers.Layer, dtype: tf.DType = tf.float32) 
 
 
 def add_norm(pixels: tf.Tensor, told: tf.Tensor, layer: keras.layers.Layer, dtype: tf.DType) -> tf.Tensor:
-    """A LayerNormalization of pixels + told: (N, HW, C); pixels may be those of an image, (B, HW, C), for its prompts."""
+    """A LayerNormalization of pixels + told: (N, HW, C); pixels may be (B, HW, C), the same for an image's prompts."""
     return _add_norm(pixels, told, *_tensors(layer.gamma, layer.beta), layer.epsilon, dtype)
 
 

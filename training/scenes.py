@@ -186,19 +186,17 @@ def find_targets(answers: Answers, row: int, column: int, frame_area: int) -> li
         if not SMALLEST_TARGET <= area <= 0.7 * frame_area:
             continue
         overlaps = [int(np.minimum(region, mask).sum(dtype=np.int64)) for mask, *_ in chosen]
-        if all(
-            overlap < 0.8 * (area + other - overlap) for overlap, other in zip(overlaps, chosen_areas, strict=True)
-        ):
+        if all(overlap < 0.8 * (area + other - overlap) for overlap, other in zip(overlaps, chosen_areas, strict=True)):
             chosen.append((region, REGION_WEIGHT, REGION_QUALITY))
             chosen_areas.append(area)
     return chosen
 
 
 def paste(rng: np.random.Generator, scene: Scene, donor: Scene) -> Scene:
-    """Pastes up to three objects of another scene over this one, each somewhere else; what they hide leaves its masks."""
+    """Pastes up to three objects of another scene over this one, each somewhere else, and cuts what they hide."""
     pixels, instances, regions = scene.pixels.copy(), scene.instances.copy(), scene.regions.copy()
     fitting = np.flatnonzero(donor.instances.sum(axis=(1, 2)) >= 4 * SMALLEST_TARGET)
-    added = []
+    added: list[np.ndarray] = []
     for index in rng.permutation(fitting)[: rng.integers(1, 4)]:
         rows, columns = np.nonzero(donor.instances[index])
         height, width = scene.size

@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> None:
             bar.update()
             if step % LOG_EVERY == 0:
                 names = ("masks_loss", "iou_loss", "best_iou", "gradient")
-                line = {"step": step} | {name: round(value / LOG_EVERY, 5) for name, value in zip(names, sums, strict=True)}
+                line = {"step": step} | {
+                    name: round(value / LOG_EVERY, 5) for name, value in zip(names, sums, strict=True)
+                }
                 sums[:] = 0
                 with log.open("a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -101,8 +103,15 @@ def train_step(model: keras.Model, optimizer: keras.Optimizer, *batch: tf.Tensor
         loss = masks_loss + iou_loss
     gradients = tape.gradient(loss, model.trainable_variables)
     pairs = [(gradient, weight) for gradient, weight in zip(gradients, model.trainable_variables, strict=True)]
-    optimizer.apply_gradients([(tf.zeros_like(weight) if gradient is None else gradient, weight) for gradient, weight in pairs])
-    return masks_loss, iou_loss, best_iou, tf.linalg.global_norm([gradient for gradient, _ in pairs if gradient is not None])
+    optimizer.apply_gradients(
+        [(tf.zeros_like(weight) if gradient is None else gradient, weight) for gradient, weight in pairs]
+    )
+    return (
+        masks_loss,
+        iou_loss,
+        best_iou,
+        tf.linalg.global_norm([gradient for gradient, _ in pairs if gradient is not None]),
+    )
 
 
 def as_tensors(batch: Batch) -> list[tf.Tensor]:
@@ -133,8 +142,10 @@ def restore(path: Path, variables: list[keras.Variable]) -> int:
 
 def save_weights(path: Path, model: keras.Model, optimizer: keras.Optimizer) -> None:
     """Writes the running mean of the model's weights, by path."""
-    means = {weight.path: np.array(mean) for weight, mean in zip(
-        model.trainable_variables, optimizer._model_variables_moving_average, strict=True)}
+    means = {
+        weight.path: np.array(mean)
+        for weight, mean in zip(model.trainable_variables, optimizer._model_variables_moving_average, strict=True)
+    }
     weights = {weight.path: means.get(weight.path, np.array(weight)) for weight in model.variables}
     part = path.with_suffix(".part.npz")
     np.savez(part, **weights)
