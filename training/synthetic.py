@@ -33,12 +33,10 @@ def make_synthetic(rng: np.random.Generator) -> Photo:
     pixels += rng.normal(0, rng.uniform(0, 8), pixels.shape)
     shapes = np.asarray(owners)[numbers]
     present = np.unique(shapes)
-    instances = (
-        np.stack([shapes == shape for shape in present if shape]) if present.any() else np.zeros((0, *shapes.shape))
-    )
+    instances = shapes == present[present > 0][:, None, None]
     # Parts are the regions of the finest level; on the coarser ones there are only whole shapes.
     regions = np.stack([numbers] + [shapes] * (len(REGION_LEVELS) - 1))
-    return Photo(np.clip(pixels, 0, 255).astype(np.uint8), instances.astype(bool), regions.astype(np.int32))
+    return Photo(np.clip(pixels, 0, 255).astype(np.uint8), instances, regions.astype(np.int32))
 
 
 def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:

@@ -69,9 +69,8 @@ def main(argv: list[str] | None = None) -> None:
             bar.update()
             if step % LOG_EVERY == 0:
                 names = ("masks_loss", "iou_loss", "best_iou", "gradient")
-                line = {"step": step} | {
-                    name: round(value / LOG_EVERY, 5) for name, value in zip(names, sums, strict=True)
-                }
+                means = [round(value / LOG_EVERY, 5) for value in sums]
+                line = {"step": step, **dict(zip(names, means, strict=True))}
                 sums[:] = 0
                 with log.open("a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -102,16 +101,14 @@ def train_step(model: keras.Model, optimizer: keras.Optimizer, *batch: tf.Tensor
         )
         loss = masks_loss + iou_loss
     gradients = tape.gradient(loss, model.trainable_variables)
-    pairs = [(gradient, weight) for gradient, weight in zip(gradients, model.trainable_variables, strict=True)]
-    optimizer.apply_gradients(
-        [(tf.zeros_like(weight) if gradient is None else gradient, weight) for gradient, weight in pairs]
-    )
-    return (
-        masks_loss,
-        iou_loss,
-        best_iou,
-        tf.linalg.global_norm([gradient for gradient, _ in pairs if gradient is not None]),
-    )
+    size = tf.linalg.global_norm([gradient for gradient in gradients if gradient is not None])
+    # Mask prompts are not trained: the loss does not depend on the layers that embed them.
+    given = [
+        tf.zeros_like(weight) if gradient is None else gradient
+        for gradient, weight in zip(gradients, model.trainable_variables, strict=True)
+    ]
+    optimizer.apply_gradients(zip(given, model.trainable_variables, strict=True))
+    return masks_loss, iou_loss, best_iou, size
 
 
 def as_tensors(batch: Batch) -> list[tf.Tensor]:
@@ -148,7 +145,7 @@ def save_weights(path: Path, model: keras.Model, optimizer: keras.Optimizer) -> 
     }
     weights = {weight.path: means.get(weight.path, np.array(weight)) for weight in model.variables}
     part = path.with_suffix(".part.npz")
-    np.savez(part, **weights)
+    np.savez(part, **weights)  # type: ignore[arg-type]  # one of its own keywords has another type
     os.replace(part, path)
 
 
