@@ -326,6 +326,8 @@ def load_slow(config: ModelConfig) -> SlowSam:
 def slow_main() -> int:
     """The command with a model that takes its time, for a process of its own."""
     pipeline.label.run_label = partial(run_label, load=load_slow)
+    # As from a terminal: a shell that runs the tests in the background has its children ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return cli.main()
 
 
