@@ -1,0 +1,133 @@
+"""Makes the embedded preset of trained weights: calibrates the scores, rounds to float16, writes the files.
+
+python -m training.finish --photos DIR --truth instances.json --work DIR --preset transforms/presets/sam_tiny
+
+A small model is sure of little, so SAM's default thresholds would keep next to nothing. Two numbers change that, found
+on photos of the training set as `maskbeam label` sees them, and put into the weights of the last layers:
+
+- predicted IoU is stretched linearly, so that KEPT of the masks lie above SAM's threshold of 0.88 and the median mask
+  keeps its value;
+- logits are multiplied, so that STABLE of those lie above SAM's stability of 0.95. Masks stay what they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import h5py
+import keras
+import keras_hub
+import numpy as np
+import tensorflow as tf
+
+from training.model import build_model
+from training.network import predict
+from training.photos import Photo, load_photos, read_truth, split_images
+from training.scenes import FRAME, place
+from training.train import SEED, VALIDATION
+
+PHOTOS = 60  # to calibrate on
+POINTS_PER_SIDE = 16
+KEPT = 0.2  # of all masks, above PRED_IOU_THRESH
+STABLE = 0.8  # of those, above STABILITY_SCORE_THRESH
+PRED_IOU_THRESH, STABILITY_SCORE_THRESH = 0.88, 0.95  # SAM's defaults
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Calibrates and writes the preset."""
+    parser = argparse.ArgumentParser(prog="python -m training.finish", description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--truth", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="--work of training.train")
+    parser.add_argument("--preset", type=Path, required=True, help="directory to write")
+    args = parser.parse_args(argv)
+    model = build_model(SEED)
+    stored = np.load(args.work / "weights.npz")
+    for weight in model.variables:
+        weight.assign(stored[weight.path])
+    truth = read_truth(args.truth)
+    training, _ = split_images(truth, VALIDATION)
+    photos = load_photos(args.photos, truth, training[-PHOTOS:], args.work / "regions")
+
+    answers = [predict_grid(model, photo) for photo in photos]
+    predicted = np.concatenate([predicted for _, predicted in answers])
+    scale, shift = fit_predicted_iou(predicted)
+    high = [logits[scale * ious + shift > PRED_IOU_THRESH] for logits, ious in answers]
+    factor = fit_stability(high)
+    print(f"predicted IoU: x {scale:.3f} + {shift:.3f}; logits: x {factor:.3f}")
+    change_scores(model.mask_decoder, scale, shift, factor)
+    write_preset(model, args.preset)
+
+
+def predict_grid(model: keras.Model, photo: Photo) -> tuple[np.ndarray, np.ndarray]:
+    """Masks 1 to 3 of a grid of clicks: logits of what is not padding, (N, h, w), and predicted IoU, (N,)."""
+    height, width = photo.pixels.shape[:2]
+    scene = place(photo, (0, 0, width, height), 1.0, False, 1.0)
+    steps = (np.arange(POINTS_PER_SIDE) + 0.5) / POINTS_PER_SIDE
+    x, y = np.meshgrid(steps * scene.size[1], steps * scene.size[0])
+    coords = np.zeros((1, x.size, 2, 2), np.float32)
+    coords[0, :, 0] = np.stack([x.ravel(), y.ravel()], axis=1)
+    logits, predicted = predict(
+        model,
+        tf.constant(scene.pixels[None]),
+        tf.constant([scene.size]),
+        tf.constant(coords),
+        tf.zeros((1, x.size), tf.bool),
+    )
+    used = [-(-side * logits.shape[-1] // FRAME) for side in scene.size]
+    return logits.numpy()[:, 1:, : used[0], : used[1]].reshape(-1, *used), predicted.numpy()[:, 1:].ravel()
+
+
+def fit_predicted_iou(predicted: np.ndarray) -> tuple[float, float]:
+    """Scale and shift that leave the median alone and put the share KEPT above PRED_IOU_THRESH."""
+    median, edge = np.quantile(predicted, [0.5, 1 - KEPT])
+    scale = (PRED_IOU_THRESH - median) / (edge - median)
+    return float(scale), float(median - scale * median)
+
+
+def fit_stability(logits: list[np.ndarray]) -> float:
+    """The smallest factor, at least 1, with which the share STABLE of the masks reaches STABILITY_SCORE_THRESH."""
+    for factor in np.geomspace(1, 100, 100):
+        scores = [(mask > 1 / factor).sum() / max(1, (mask > -1 / factor).sum()) for masks in logits for mask in masks]
+        if np.mean(np.array(scores) >= STABILITY_SCORE_THRESH) >= STABLE:
+            break
+    return float(factor)
+
+
+def change_scores(decoder: keras.layers.Layer, scale: float, shift: float, factor: float) -> None:
+    """Puts the calibration into the last layers of the IoU head and of the hypernetworks."""
+    last = decoder.iou_prediction_head.mlp_block.layers[-1]
+    last.kernel.assign(last.kernel * scale)
+    last.bias.assign(last.bias * scale + shift)
+    for mlp in decoder.output_hypernetworks_mlps:
+        last = mlp.mlp_block.layers[-1]
+        last.kernel.assign(last.kernel * factor)
+        last.bias.assign(last.bias * factor)
+
+
+def write_preset(backbone: keras.Model, preset: Path) -> None:
+    """Writes a KerasHub preset whose weights are stored as float16, half the size; they load as float32."""
+    # ViTDetBackbone subtracts SAM's mean itself; the converter scales to 0..1.
+    converter = keras_hub.layers.SAMImageConverter(image_size=(FRAME, FRAME), scale=1 / 255)
+    preprocessor = keras_hub.models.SAMImageSegmenterPreprocessor(image_converter=converter)
+    keras_hub.models.SAMImageSegmenter(backbone=backbone, preprocessor=preprocessor).save_to_preset(str(preset))
+    weights, part = preset / "model.weights.h5", preset / "part.h5"
+    with h5py.File(weights) as source, h5py.File(part, "w") as half:
+        source.visititems(lambda name, item: copy_item(name, item, half))
+        half.attrs.update(source.attrs)
+    part.replace(weights)
+
+
+def copy_item(name: str, item: h5py.Group | h5py.Dataset, target: h5py.File) -> None:
+    """Copies a group or an array under its name, floats as float16."""
+    if isinstance(item, h5py.Dataset):
+        value = item[()]
+        copied = target.create_dataset(name, data=value.astype(np.float16) if value.dtype == np.float32 else value)
+    else:
+        copied = target.require_group(name)
+    copied.attrs.update(item.attrs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Trains the embedded model from scratch.
+
+python -m training.train --photos DIR --truth instances.json --work DIR [--steps N]
+
+Resumes from what is in --work, and ends there with weights.npz (the mean of the last steps' weights), log.jsonl and
+curve.png. python -m training.finish makes a preset of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import keras
+import matplotlib
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from training.losses import prompt_loss
+from training.model import build_model
+from training.network import predict
+from training.photos import load_photos, read_truth, split_images
+from training.scenes import LOW_RES, Batch, batches
+
+VALIDATION = 60  # photos with the highest ids, never trained on
+SEED = 0
+IMAGES, PROMPTS = 4, 24  # a step
+STEPS = 9000
+PEAK_RATE, LAST_RATE, WARM_UP = 1e-3, 1e-5, 300
+SAVE_EVERY, LOG_EVERY = 250, 25
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains until --steps."""
+    parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=Path, required=True, help="directory of COCO photos")
+    parser.add_argument("--truth", type=Path, required=True, help="their instances.json")
+    parser.add_argument("--work", type=Path, required=True, help="checkpoints, log and curve; resumed from")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"the schedule's length (default: {STEPS})")
+    parser.add_argument("--stop_after", type=float, help="seconds; the next start goes on")
+    args = parser.parse_args(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    truth = read_truth(args.truth)
+    training, _ = split_images(truth, VALIDATION)
+    photos = load_photos(args.photos, truth, training, args.work / "regions")
+
+    model = build_model(SEED)
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0, args.steps - WARM_UP, alpha=LAST_RATE / PEAK_RATE, warmup_target=PEAK_RATE, warmup_steps=WARM_UP
+    )
+    optimizer = keras.optimizers.AdamW(
+        rate, weight_decay=0.03, beta_2=0.99, global_clipnorm=1.0, use_ema=True, ema_momentum=0.998
+    )
+    optimizer.build(model.trainable_variables)
+    variables = [*model.variables, *optimizer.variables]
+    checkpoint, log = args.work / "checkpoint.npz", args.work / "log.jsonl"
+    start = restore(checkpoint, variables) if checkpoint.exists() else 0
+
+    train = tf.function(lambda *batch: train_step(model, optimizer, *batch))
+    made = batches(SEED, start, photos, IMAGES, PROMPTS)
+    sums, began, stopped = np.zeros(4), time.monotonic(), False
+    with tqdm(total=args.steps, initial=start, unit="step", desc="training", mininterval=5) as bar:
+        for step in range(start + 1, args.steps + 1):
+            sums += [float(value) for value in train(*as_tensors(next(made)))]
+            bar.update()
+            if step % LOG_EVERY == 0:
+                names = ("masks_loss", "iou_loss", "best_iou", "gradient")
+                means = [round(value / LOG_EVERY, 5) for value in sums]
+                line = {"step": step, **dict(zip(names, means, strict=True))}
+                sums[:] = 0
+                with log.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                bar.set_postfix(loss=line["masks_loss"], iou=line["best_iou"])
+            stopped = args.stop_after is not None and time.monotonic() - began > args.stop_after
+            if step % SAVE_EVERY == 0 or step == args.steps or stopped:
+                save(checkpoint, step, variables)
+                save_weights(args.work / "weights.npz", model, optimizer)
+                plot_curve(log, args.work / "curve.png")
+            if stopped:
+                break
+
+
+def train_step(model: keras.Model, optimizer: keras.Optimizer, *batch: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """One step; returns both losses, the mean IoU of best masks, and the gradient's norm."""
+    pixels, sizes, coords, is_box, targets, weights, qualities = batch
+    with tf.GradientTape() as tape:
+        logits, predicted = predict(model, pixels, sizes, coords, is_box, tf.bfloat16)
+        prompts = logits.shape[0]
+        shape = (prompts, targets.shape[2], LOW_RES * LOW_RES)
+        masks_loss, iou_loss, best_iou = prompt_loss(
+            tf.reshape(logits, (prompts, 4, -1)),
+            predicted,
+            tf.reshape(is_box, (prompts,)),
+            tf.reshape(tf.cast(targets, tf.float32) / 4.0, shape),
+            tf.reshape(weights, shape[:2]),
+            tf.reshape(qualities, shape[:2]),
+        )
+        loss = masks_loss + iou_loss
+    gradients = tape.gradient(loss, model.trainable_variables)
+    size = tf.linalg.global_norm([gradient for gradient in gradients if gradient is not None])
+    # Mask prompts are not trained: the loss does not depend on the layers that embed them.
+    given = [
+        tf.zeros_like(weight) if gradient is None else gradient
+        for gradient, weight in zip(gradients, model.trainable_variables, strict=True)
+    ]
+    optimizer.apply_gradients(zip(given, model.trainable_variables, strict=True))
+    return masks_loss, iou_loss, best_iou, size
+
+
+def as_tensors(batch: Batch) -> list[tf.Tensor]:
+    """A batch's arrays in the order in which train_step takes them."""
+    return [
+        tf.constant(value)
+        for value in (
+            *(batch.pixels, batch.sizes, batch.coords, batch.is_box),
+            *(batch.targets, batch.weights, batch.qualities),
+        )
+    ]
+
+
+def save(path: Path, step: int, variables: list[keras.Variable]) -> None:
+    """Writes a checkpoint; a reader sees the old one or the new one."""
+    part = path.with_suffix(".part.npz")
+    np.savez(part, *[np.array(variable) for variable in variables], step=step)
+    os.replace(part, path)
+
+
+def restore(path: Path, variables: list[keras.Variable]) -> int:
+    """Reads what `save` wrote; returns its step."""
+    stored = np.load(path)
+    for index, variable in enumerate(variables):
+        variable.assign(stored[f"arr_{index}"])
+    return int(stored["step"])
+
+
+def save_weights(path: Path, model: keras.Model, optimizer: keras.Optimizer) -> None:
+    """Writes the running mean of the model's weights, by path."""
+    means = {
+        weight.path: np.array(mean)
+        for weight, mean in zip(model.trainable_variables, optimizer._model_variables_moving_average, strict=True)
+    }
+    weights = {weight.path: means.get(weight.path, np.array(weight)) for weight in model.variables}
+    part = path.with_suffix(".part.npz")
+    np.savez(part, **weights)  # type: ignore[arg-type]  # one of its own keywords has another type
+    os.replace(part, path)
+
+
+def plot_curve(log: Path, picture: Path) -> None:
+    """The best masks' mean IoU and the losses over the steps."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    left.plot(steps, [line["best_iou"] for line in lines], linewidth=0.8)
+    left.set(xlabel="step", title="mean IoU of the best mask, training prompts")
+    for name in ("masks_loss", "iou_loss"):
+        right.plot(steps, [line[name] for line in lines], linewidth=0.8, label=name)
+    right.set(xlabel="step", title="loss")
+    right.legend()
+    figure.savefig(picture, dpi=100)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
