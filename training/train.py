@@ -30,7 +30,7 @@ VALIDATION = 60  # photos with the highest ids, never trained on
 SEED = 0
 IMAGES, PROMPTS = 4, 24  # a step
 STEPS = 9000
-PEAK_RATE, LAST_RATE, WARM_UP = 1e-3, 1e-5, 300
+PEAK_RATE, LAST_RATE, WARM_UP = 4e-4, 4e-6, 300
 SAVE_EVERY, LOG_EVERY = 250, 25
 
 
