@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -238,3 +239,28 @@ def test_the_preset_loads_as_float32_and_gives_the_calibrated_answers(model: ker
     scored = sam.score(sam.embed(pixels, (256, 256)), coords[0, :, 0].astype(np.float64), 1)
     np.testing.assert_allclose(scored.predicted_iou()[0], iou[0, 1:], atol=1e-4)
     np.testing.assert_allclose(sam.low_res_logits(scored, np.array([0]))[0], logits[0, 1:], atol=1e-3)
+
+
+def test_gradients_written_out_are_those_of_keras(model: keras.Model) -> None:
+    block = next(layer for layer in model.image_encoder.layers if hasattr(layer, "attention"))
+    layer, hidden = block.layer_norm1, block.mlp_block.dense_net.layers[0]
+    rng = np.random.default_rng(0)
+    for weight in (layer.gamma, layer.beta, hidden.bias):
+        weight.assign(rng.normal(size=weight.shape))
+
+    def gradients(function: Callable[[tf.Tensor], tf.Tensor], width: int, weights: list) -> list[np.ndarray]:
+        x = tf.constant(np.random.default_rng(1).normal(size=(2, 5, width)), tf.float32)
+        upstream = tf.constant(np.random.default_rng(2).normal(size=(2, 5, width)), tf.float32)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            total = tf.reduce_sum(function(x) * upstream)
+        return [gradient.numpy() for gradient in tape.gradient(total, [x, *(weight.value for weight in weights)])]
+
+    norm = gradients(lambda x: network.norm(x, layer), layer.gamma.shape[0], [layer.gamma, layer.beta])
+    expected = gradients(layer, layer.gamma.shape[0], [layer.gamma, layer.beta])
+    for actual, wanted in zip(norm, expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=1e-4)
+    gelu = gradients(lambda x: network.gelu(x, hidden, tf.float32), hidden.units, [hidden.bias])
+    expected = gradients(lambda x: tf.nn.gelu(x + hidden.bias), hidden.units, [hidden.bias])
+    for actual, wanted in zip(gelu, expected, strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=5e-3)  # the slope of GELU is that of its approximation by tanh

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,10 +60,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--truth", type=Path, required=True)
     parser.add_argument("--preset", default="sam_tiny")
+    parser.add_argument("--copy_to", type=Path, help="copy the photos into this directory, for maskbeam label")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     truth = read_truth(args.truth)
     _, images = split_images(truth, VALIDATION)
+    if args.copy_to:
+        args.copy_to.mkdir(parents=True, exist_ok=True)
+        for image in images:
+            shutil.copy(args.photos / image["file_name"], args.copy_to)
     model = keras_hub.models.SAMBackbone.from_preset(resolve_preset(args.preset))
     answers = [answer for image in images for answer in ask(model, args.photos, truth, image)]
     report = summarize(answers)

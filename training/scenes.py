@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+import itertools
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -20,10 +21,10 @@ MAX_TARGETS = 3  # as many as a click has answers: part, subpart, whole
 
 # Of the prompts: clicks on objects, boxes around objects; the others are clicks anywhere.
 OBJECT_CLICKS = 0.5
-BOXES = 0.2
+BOXES = 0.25
 
 SYNTHETIC = 0.15  # scenes made of shapes alone
-PASTED = 0.5  # scenes with objects of another scene pasted in
+PASTED = 0.3  # scenes with objects of another scene pasted in
 
 REGION_WEIGHT = 0.3  # in the loss; an instance's mask has 1
 REGION_QUALITY = 0.5  # a perfect mask of a region of like colour is worth half of one of an object
@@ -119,17 +120,15 @@ def make_batch(rng: np.random.Generator, photos: list[Photo], images: int, promp
 
 def batches(seed: int, start: int, photos: list[Photo], images: int, prompts: int) -> Iterator[Batch]:
     """Endless batches, made ahead in a thread. Batch n depends on the seed and on n alone, so that a run can resume."""
-    ahead: queue.Queue[Batch] = queue.Queue(maxsize=4)
 
-    def work() -> None:
-        step = start
-        while True:
-            ahead.put(make_batch(np.random.default_rng((seed, step)), photos, images, prompts))
-            step += 1
+    def make(step: int) -> Batch:
+        return make_batch(np.random.default_rng((seed, step)), photos, images, prompts)
 
-    threading.Thread(target=work, daemon=True).start()
-    while True:
-        yield ahead.get()
+    with ThreadPoolExecutor(1) as thread:
+        ahead = deque(thread.submit(make, step) for step in range(start, start + 4))
+        for step in itertools.count(start + 4):
+            yield ahead.popleft().result()
+            ahead.append(thread.submit(make, step))
 
 
 def make_prompts(rng: np.random.Generator, scene: Scene, prompts: int) -> list[Prompt]:
@@ -144,13 +143,15 @@ def make_prompt(rng: np.random.Generator, scene: Scene, answers: Answers) -> Pro
     """A box around an object, a click on one, or a click anywhere."""
     objects, kind = len(answers.quarters), rng.random()
     is_box = objects > 0 and kind < BOXES
+    # Half of COCO's objects are a few pixels of the frame: larger ones, which teach more, come more often.
+    asked = rng.choice(objects, p=answers.areas**0.25 / (answers.areas**0.25).sum()) if objects else 0
     if is_box:
-        mask = answers.quarters[rng.integers(objects)]
+        mask = answers.quarters[asked]
         coords = _noisy_box(rng, mask)
         chosen = [(mask, 1.0, 1.0)]
     else:
         if objects and kind < BOXES + OBJECT_CLICKS:
-            inside = np.flatnonzero(answers.quarters[rng.integers(objects)] >= 2)
+            inside = np.flatnonzero(answers.quarters[asked] >= min(2, answers.quarters[asked].max()))
             row, column = divmod(int(rng.choice(inside)), LOW_RES)
         else:
             row, column = (int(rng.integers(side)) // 2 for side in scene.size)

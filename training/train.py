@@ -29,8 +29,9 @@ from training.scenes import LOW_RES, Batch, batches
 VALIDATION = 60  # photos with the highest ids, never trained on
 SEED = 0
 IMAGES, PROMPTS = 4, 24  # a step
-STEPS = 9000
-PEAK_RATE, LAST_RATE, WARM_UP = 1e-3, 1e-5, 300
+STEPS = 8000
+PEAK_RATE, LAST_RATE, WARM_UP = 5e-4, 5e-6, 300
+IOU_WEIGHT = 5.0  # of the loss of predicted IoU, which is a twentieth of the masks'
 SAVE_EVERY, LOG_EVERY = 250, 25
 
 
@@ -59,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     variables = [*model.variables, *optimizer.variables]
     checkpoint, log = args.work / "checkpoint.npz", args.work / "log.jsonl"
     start = restore(checkpoint, variables) if checkpoint.exists() else 0
+    lines = log.read_text().splitlines() if log.exists() else []
+    log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= start))
 
     train = tf.function(lambda *batch: train_step(model, optimizer, *batch))
     made = batches(SEED, start, photos, IMAGES, PROMPTS)
@@ -99,7 +102,7 @@ def train_step(model: keras.Model, optimizer: keras.Optimizer, *batch: tf.Tensor
             tf.reshape(weights, shape[:2]),
             tf.reshape(qualities, shape[:2]),
         )
-        loss = masks_loss + iou_loss
+        loss = masks_loss + IOU_WEIGHT * iou_loss
     gradients = tape.gradient(loss, model.trainable_variables)
     size = tf.linalg.global_norm([gradient for gradient in gradients if gradient is not None])
     # Mask prompts are not trained: the loss does not depend on the layers that embed them.
