@@ -11,11 +11,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 from training import evaluate, finish, losses, network, scenes
-from training.photos import Photo, decode_instance, split_images
+from training.photos import Photo, load_photos, split_images
 from training.synthetic import make_synthetic
 from transforms.sam import load_sam
+from transforms.truth import TruthImage
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="training runs on TensorFlow")
 
@@ -45,11 +47,6 @@ def rectangle(top: int, left: int, bottom: int, right: int) -> np.ndarray:
     mask = np.zeros((scenes.FRAME, scenes.FRAME), bool)
     mask[top:bottom, left:right] = True
     return mask
-
-
-def answers_of(scene: scenes.Scene) -> scenes.Answers:
-    quarters = scene.instances.reshape(-1, H, 2, H, 2).sum(axis=(2, 4), dtype=np.uint8)
-    return scenes.Answers(quarters, quarters.sum(axis=(1, 2), dtype=np.int64), scene.regions[:, ::2, ::2])
 
 
 def test_encoder_is_keras_hubs(model: keras.Model) -> None:
@@ -126,7 +123,7 @@ def test_predicted_iou_is_that_with_the_best_target_times_its_worth() -> None:
 def test_a_click_asks_for_the_object_and_for_the_part_of_it_under_the_click() -> None:
     person, shirt = rectangle(20, 20, 120, 60), rectangle(60, 20, 120, 60)
     regions = np.stack([shirt, shirt | rectangle(200, 0, 256, 256), person]).astype(np.int32)
-    chosen = scenes.find_targets(answers_of(make_scene(person[None], regions)), 40, 20, scenes.FRAME**2)
+    chosen = scenes.find_targets(scenes.Answers.of(make_scene(person[None], regions)), 40, 20, scenes.FRAME**2)
     assert [(weight, quality) for _, weight, quality in chosen] == [
         (1.0, 1.0),
         (scenes.REGION_WEIGHT, scenes.REGION_QUALITY),
@@ -138,9 +135,9 @@ def test_a_click_asks_for_the_object_and_for_the_part_of_it_under_the_click() ->
 def test_a_click_beside_all_objects_asks_for_a_region_unless_it_fills_the_frame() -> None:
     sky = rectangle(0, 0, 64, 256)
     scene = make_scene(rectangle(100, 100, 120, 120)[None], np.stack([sky] * 3).astype(np.int32))
-    ((mask, *_),) = scenes.find_targets(answers_of(scene), 3, 3, scenes.FRAME**2)
+    ((mask, *_),) = scenes.find_targets(scenes.Answers.of(scene), 3, 3, scenes.FRAME**2)
     np.testing.assert_array_equal(mask, 4 * sky[::2, ::2])
-    assert scenes.find_targets(answers_of(scene), 60, 3, scenes.FRAME**2) == []
+    assert scenes.find_targets(scenes.Answers.of(scene), 60, 3, scenes.FRAME**2) == []
 
 
 def test_placing_keeps_pixels_and_masks_together() -> None:
@@ -184,8 +181,9 @@ def test_synthetic_objects_lie_apart_and_parts_within_them() -> None:
 
 
 def test_validation_photos_are_those_with_the_highest_ids() -> None:
-    training, validation = split_images({"images": [{"id": number} for number in (5, 1, 9, 7)]}, 2)
-    assert [image["id"] for image in training] == [1, 5] and [image["id"] for image in validation] == [7, 9]
+    images = [TruthImage(number, f"{number}.jpg", (6, 8), ()) for number in (5, 1, 9, 7)]
+    training, validation = split_images(images, 2)
+    assert [image.image_id for image in training] == [1, 5] and [image.image_id for image in validation] == [7, 9]
 
 
 @pytest.mark.parametrize(
@@ -193,11 +191,16 @@ def test_validation_photos_are_those_with_the_highest_ids() -> None:
     [[[2, 1, 6, 1, 6, 4, 2, 4]], {"size": [6, 8], "counts": [13, 3, 3, 3, 3, 3, 3, 3, 14]}],
     ids=["polygon", "uncompressed RLE"],
 )
-def test_instances_are_decoded(segmentation: object) -> None:
-    mask = decode_instance({"segmentation": segmentation}, 6, 8)
+def test_photos_have_their_instances(segmentation: object, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((6, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    instance = {"id": 1, "segmentation": segmentation, "bbox": [2, 1, 4, 3], "area": 12, "iscrowd": 0}
+    crowd = {**instance, "id": 2, "iscrowd": 1}
+    (photo,) = load_photos(tmp_path, [TruthImage(1, "a.png", (6, 8), (instance, crowd))], tmp_path / "regions")
+    mask = photo.instances[0, 24::48, 24::48]  # a pixel of the photo is 48 wide here
     expected = np.zeros((6, 8), bool)
     expected[1:4, 2:6] = True
     np.testing.assert_array_equal(mask, expected)
+    assert len(photo.instances) == 1
 
 
 def test_the_interior_point_is_farthest_from_the_edge() -> None:

@@ -24,17 +24,15 @@ from PIL import Image
 from scipy import ndimage
 
 from training.network import predict
-from training.photos import decode_instance, read_truth, split_images
-from training.train import VALIDATION
+from training.photos import read_photos
+from transforms import rle
 from transforms.embedded import resolve_preset
+from transforms.frame import Upsampling, resized_hw, to_frame, to_frame_points
+from transforms.masks import mask_to_runs
+from transforms.recall import AREA_RANGES
+from transforms.truth import TruthImage, TruthObject
 
-SIZES = {
-    "all": (0, np.inf),
-    "small": (0, 32**2),
-    "medium": (32**2, 96**2),
-    "large": (96**2, np.inf),
-    "over 32x32": (32**2, np.inf),
-}
+SIZES = {**AREA_RANGES, "over 32x32": (AREA_RANGES["medium"][0], np.inf)}
 
 
 @dataclass(frozen=True)
@@ -63,14 +61,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--copy_to", type=Path, help="copy the photos into this directory, for maskbeam label")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    truth = read_truth(args.truth)
-    _, images = split_images(truth, VALIDATION)
+    _, images = read_photos(args.truth)
     if args.copy_to:
         args.copy_to.mkdir(parents=True, exist_ok=True)
         for image in images:
-            shutil.copy(args.photos / image["file_name"], args.copy_to)
+            shutil.copy(args.photos / image.file_name, args.copy_to)
     model = keras_hub.models.SAMBackbone.from_preset(resolve_preset(args.preset))
-    answers = [answer for image in images for answer in ask(model, args.photos, truth, image)]
+    answers = [answer for image in images for answer in ask(model, args.photos, image)]
     report = summarize(answers)
     print(f"{len(images)} photos, {len(answers)} objects")
     for size, values in report["sizes"].items():
@@ -80,40 +77,46 @@ def main(argv: list[str] | None = None) -> None:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def ask(model: keras.Model, photos: Path, truth: dict, image: dict) -> list[Answer]:
+def ask(model: keras.Model, photos: Path, image: TruthImage) -> list[Answer]:
     """Prompts the model for every object of a photo."""
-    annotations = [
-        annotation
-        for annotation in truth["annotations"]
-        if annotation["image_id"] == image["id"] and not annotation["iscrowd"]
-    ]
-    if not annotations:
+    objects = image.objects()
+    if not objects:
         return []
     frame = model.prompt_encoder.input_image_size[0]
-    height, width = image["height"], image["width"]
-    factor = frame / max(height, width)
-    size = (int(height * factor + 0.5), int(width * factor + 0.5))
-    with Image.open(photos / image["file_name"]) as file:
-        resized = file.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
-    pixels = np.zeros((1, frame, frame, 3), np.uint8)
-    pixels[0, : size[0], : size[1]] = np.asarray(resized)
-
-    masks = [decode_instance(annotation, height, width) for annotation in annotations]
+    with Image.open(photos / image.file_name) as file:
+        pixels = to_frame(np.asarray(file.convert("RGB")), frame)
+    masks = [rle.counts_to_mask(instance.counts, image.size_hw).astype(bool) for instance in objects]
     clicks = [np.array([interior_point(mask)[::-1], (0, 0)]) for mask in masks]
-    boxes = [np.array([[x, y], [x + w, y + h]]) for x, y, w, h in (annotation["bbox"] for annotation in annotations)]
-    coords = np.stack([*clicks, *boxes])[None] * factor
-    is_box = np.arange(2 * len(masks))[None] >= len(masks)
-    logits, predicted = predict(
-        model, tf.constant(pixels), tf.constant([size]), tf.constant(coords, tf.float32), tf.constant(is_box)
+    boxes = [np.array([[x, y], [x + w, y + h]]) for x, y, w, h in (instance.bbox_xywh for instance in objects)]
+    coords = to_frame_points(np.stack([*clicks, *boxes]), image.size_hw, frame)
+    is_box = np.arange(2 * len(masks)) >= len(masks)
+    logits, predicted = (
+        output.numpy()
+        for output in predict(
+            model,
+            tf.constant(pixels[None]),
+            tf.constant([resized_hw(image.size_hw, frame)]),
+            tf.constant(coords[None], tf.float32),
+            tf.constant(is_box[None]),
+        )
     )
-    predicted = predicted.numpy()
-    answers = []
-    for index, (annotation, mask) in enumerate(zip(annotations, masks, strict=True)):
-        clicked = upscale(logits[index, 1:], frame, size, (height, width))
-        boxed = upscale(logits[len(masks) + index, :1], frame, size, (height, width))
-        ious = np.array([mask_iou(mask, answer) for answer in clicked])
-        answers.append(Answer(annotation["area"], ious, predicted[index, 1:], mask_iou(mask, boxed[0])))
-    return answers
+    upsampling = Upsampling.build(image.size_hw, logits.shape[-1], frame)
+
+    def ious(instance: TruthObject, answers: np.ndarray) -> np.ndarray:
+        counts = [
+            rle.runs_to_counts(mask_to_runs(answer, upsampling, 0.0, (0, 0), image.size_hw)) for answer in answers
+        ]
+        return rle.iou(instance.counts, counts, image.size_hw)
+
+    return [
+        Answer(
+            area=instance.area,
+            click_ious=ious(instance, logits[index, 1:]),
+            click_predicted=predicted[index, 1:],
+            box_iou=float(ious(instance, logits[len(objects) + index, :1])[0]),
+        )
+        for index, instance in enumerate(objects)
+    ]
 
 
 def interior_point(mask: np.ndarray) -> tuple[int, int]:
@@ -123,22 +126,11 @@ def interior_point(mask: np.ndarray) -> tuple[int, int]:
     return int(row), int(column)
 
 
-def upscale(logits: tf.Tensor, frame: int, size: tuple[int, int], original: tuple[int, int]) -> np.ndarray:
-    """SAM's two bilinear steps: (N, h, w) logits to (N, *original) bool."""
-    framed = tf.image.resize(logits[..., None], (frame, frame))
-    return (tf.image.resize(framed[:, : size[0], : size[1]], original)[..., 0] > 0).numpy()
-
-
-def mask_iou(one: np.ndarray, other: np.ndarray) -> float:
-    """IoU of two masks, 0 if both are empty."""
-    return float((one & other).sum() / max(1, (one | other).sum()))
-
-
 def summarize(answers: list[Answer]) -> dict:
     """Mean IoU by size of the object, and the correlation over all clicks' masks."""
     sizes = {}
     for name, (low, high) in SIZES.items():
-        chosen = [answer for answer in answers if low <= answer.area < high]
+        chosen = [answer for answer in answers if low <= answer.area <= high]
         sizes[name] = {
             "objects": len(chosen),
             "click_iou": float(np.mean([answer.click_ious.max() for answer in chosen])),

@@ -23,15 +23,17 @@ import tensorflow as tf
 
 from training.model import build_model
 from training.network import predict
-from training.photos import Photo, load_photos, read_truth, split_images
+from training.photos import Photo, load_photos, read_photos
 from training.scenes import FRAME, place
-from training.train import SEED, VALIDATION
+from training.train import SEED
+from transforms.prompts import build_point_grid
+from transforms.select import SelectionConfig
 
 PHOTOS = 60  # to calibrate on
 POINTS_PER_SIDE = 16
 KEPT = 0.2  # of all masks, above PRED_IOU_THRESH
 STABLE = 0.8  # of those, above STABILITY_SCORE_THRESH
-PRED_IOU_THRESH, STABILITY_SCORE_THRESH = 0.88, 0.95  # SAM's defaults
+PRED_IOU_THRESH, STABILITY_SCORE_THRESH = SelectionConfig.pred_iou_thresh, SelectionConfig.stability_score_thresh
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,9 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     stored = np.load(args.work / "weights.npz")
     for weight in model.variables:
         weight.assign(stored[weight.path])
-    truth = read_truth(args.truth)
-    training, _ = split_images(truth, VALIDATION)
-    photos = load_photos(args.photos, truth, training[-PHOTOS:], args.work / "regions")
+    training, _ = read_photos(args.truth)
+    photos = load_photos(args.photos, training[-PHOTOS:], args.work / "regions")
 
     answers = [predict_grid(model, photo) for photo in photos]
     predicted = np.concatenate([predicted for _, predicted in answers])
@@ -64,16 +65,15 @@ def predict_grid(model: keras.Model, photo: Photo) -> tuple[np.ndarray, np.ndarr
     """Masks 1 to 3 of a grid of clicks: logits of what is not padding, (N, h, w), and predicted IoU, (N,)."""
     height, width = photo.pixels.shape[:2]
     scene = place(photo, (0, 0, width, height), 1.0, False, 1.0)
-    steps = (np.arange(POINTS_PER_SIDE) + 0.5) / POINTS_PER_SIDE
-    x, y = np.meshgrid(steps * scene.size[1], steps * scene.size[0])
-    coords = np.zeros((1, x.size, 2, 2), np.float32)
-    coords[0, :, 0] = np.stack([x.ravel(), y.ravel()], axis=1)
+    points = build_point_grid(POINTS_PER_SIDE) * scene.size[::-1]
+    coords = np.zeros((1, len(points), 2, 2), np.float32)
+    coords[0, :, 0] = points
     logits, predicted = predict(
         model,
         tf.constant(scene.pixels[None]),
         tf.constant([scene.size]),
         tf.constant(coords),
-        tf.zeros((1, x.size), tf.bool),
+        tf.zeros((1, len(points)), tf.bool),
     )
     used = [-(-side * logits.shape[-1] // FRAME) for side in scene.size]
     return logits.numpy()[:, 1:, : used[0], : used[1]].reshape(-1, *used), predicted.numpy()[:, 1:].ravel()

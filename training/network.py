@@ -1,4 +1,4 @@
-"""KerasHub's SAM written out for training on a CPU, four times as fast as its layers under TensorFlow.
+"""KerasHub's SAM written out for training on a CPU: a step takes 1.25 s instead of 2.1 s on two cores.
 
 The weights are those of the SAMBackbone. What differs is how they are used:
 
@@ -136,9 +136,11 @@ def decode(
     transformer = decoder.transformer
     for layer in transformer.layers:
         if layer is transformer.layers[0]:
-            tokens = norm(attend_tokens(layer.self_attention, tokens, tokens), layer.layer_norm1)
+            tokens = norm(layer.self_attention(query=tokens, key=tokens, value=tokens), layer.layer_norm1)
         else:
-            tokens = norm(tokens + attend_tokens(layer.self_attention, tokens + prompts, tokens), layer.layer_norm1)
+            placed = tokens + prompts
+            attended = layer.self_attention(query=placed, key=placed, value=tokens)
+            tokens = norm(tokens + attended, layer.layer_norm1)
         found = look_at_pixels(layer.cross_attention_token_to_image, tokens + prompts, pixels, positions, dtype)
         tokens = norm(tokens + found, layer.layer_norm2)
         hidden, _, output = layer.mlp_block.mlp_block.layers
@@ -159,11 +161,6 @@ def decode(
     logits = tf.reshape(tf.cast(logits, tf.float32), (count, masks, height, width, 2, 2, 2, 2))
     logits = tf.reshape(tf.transpose(logits, (0, 1, 2, 4, 6, 3, 5, 7)), (count, masks, 4 * height, 4 * width))
     return logits, decoder.iou_prediction_head(tokens[:, 0])
-
-
-def attend_tokens(attention: keras.layers.Layer, tokens: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
-    """Attention of the prompts' tokens among themselves: (N, T, C) float32."""
-    return attention(query=tokens, key=tokens, value=values)
 
 
 def look_at_pixels(
@@ -243,8 +240,16 @@ def dense(layer: keras.layers.Layer, x: tf.Tensor, dtype: tf.DType) -> tf.Tensor
 
 def norm(x: tf.Tensor, layer: keras.layers.Layer, dtype: tf.DType = tf.float32) -> tf.Tensor:
     """A LayerNormalization over the last axis, computed in float32, in `dtype`."""
-    gamma, beta = _tensors(layer.gamma, layer.beta)
-    return _norm(x, gamma, beta, layer.epsilon, dtype)
+
+    @tf.custom_gradient
+    def normed(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Any]:
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            down, scaled = _norm_gradient(x, gamma, upstream, layer.epsilon)
+            return down, sum_rows(scaled), sum_rows(upstream)
+
+        return _norm_forward(x, gamma, beta, layer.epsilon, dtype), gradient
+
+    return normed(x, tf.convert_to_tensor(layer.gamma), tf.convert_to_tensor(layer.beta))
 
 
 def add_norm(pixels: tf.Tensor, told: tf.Tensor, layer: keras.layers.Layer, dtype: tf.DType) -> tf.Tensor:
@@ -255,22 +260,6 @@ def add_norm(pixels: tf.Tensor, told: tf.Tensor, layer: keras.layers.Layer, dtyp
 def gelu(x: tf.Tensor, layer: keras.layers.Layer, dtype: tf.DType) -> tf.Tensor:
     """GELU of x plus the layer's bias, computed in float32, in `dtype`."""
     return _bias_gelu(x, tf.convert_to_tensor(layer.bias), dtype)
-
-
-def _tensors(*weights: keras.Variable) -> list[tf.Tensor]:
-    return [tf.convert_to_tensor(weight) for weight in weights]
-
-
-def _norm(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, dtype: tf.DType) -> tf.Tensor:
-    @tf.custom_gradient
-    def normed(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            down, scaled = _norm_gradient(x, gamma, upstream, epsilon)
-            return down, sum_rows(scaled), sum_rows(upstream)
-
-        return _norm_forward(x, gamma, beta, epsilon, dtype), gradient
-
-    return normed(x, gamma, beta)
 
 
 @tf.function(jit_compile=True)

@@ -15,11 +15,16 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 from skimage.segmentation import felzenszwalb
 from tqdm import tqdm
 
+from transforms import rle
+from transforms.frame import resized_hw
+from transforms.truth import TruthImage, parse_instances
+
 LONG_SIDE = 384
+
+VALIDATION = 60  # photos with the highest ids, never trained on
 
 # Felzenszwalb's scale (the larger, the larger the regions) and smallest region in pixels, for each level.
 REGION_LEVELS = ((60, 60), (250, 200), (900, 600))
@@ -40,39 +45,28 @@ class Photo:
     regions: np.ndarray
 
 
-def split_images(truth: dict, validation: int) -> tuple[list[dict], list[dict]]:
-    """Splits COCO's "images" into training and validation: those with the highest ids are kept out of training."""
-    images = sorted(truth["images"], key=lambda image: image["id"])
-    return images[: len(images) - validation], images[len(images) - validation :]
+def read_photos(path: Path) -> tuple[list[TruthImage], list[TruthImage]]:
+    """Training and validation images of a COCO instances JSON; VALIDATION of them are kept out of training."""
+    return split_images(list(parse_instances(json.loads(path.read_text())).values()), VALIDATION)
 
 
-def load_photos(folder: Path, truth: dict, images: list[dict], cache: Path) -> list[Photo]:
+def split_images(images: list[TruthImage], validation: int) -> tuple[list[TruthImage], list[TruthImage]]:
+    """Training and validation: those with the highest ids are kept out of training."""
+    ordered = sorted(images, key=lambda image: image.image_id)
+    return ordered[: len(ordered) - validation], ordered[len(ordered) - validation :]
+
+
+def load_photos(folder: Path, images: list[TruthImage], cache: Path) -> list[Photo]:
     """Reads photos, their instance masks, and their regions, which are computed once and kept in `cache`.
 
     Args:
       folder: where the files of `images` lie.
-      truth: COCO instances.
-      images: entries of truth["images"].
       cache: directory for the regions, one .npz a photo; made if it is missing.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    annotations: dict[int, list[dict]] = {image["id"]: [] for image in images}
-    for annotation in truth["annotations"]:
-        if annotation["image_id"] in annotations and not annotation["iscrowd"]:
-            annotations[annotation["image_id"]].append(annotation)
     with ProcessPoolExecutor() as pool:
-        jobs = pool.map(partial(_load_photo, folder, cache), images, [annotations[image["id"]] for image in images])
+        jobs = pool.map(partial(_load_photo, folder, cache), images)
         return list(tqdm(jobs, total=len(images), desc="photos", unit="photo"))
-
-
-def decode_instance(annotation: dict, height: int, width: int) -> np.ndarray:
-    """The mask of a COCO annotation, polygons or RLE: (height, width) bool."""
-    segmentation = annotation["segmentation"]
-    if isinstance(segmentation, list):
-        segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = coco_mask.frPyObjects(segmentation, height, width)
-    return coco_mask.decode(segmentation).astype(bool)
 
 
 def find_regions(pixels: np.ndarray) -> np.ndarray:
@@ -82,26 +76,21 @@ def find_regions(pixels: np.ndarray) -> np.ndarray:
     ).astype(np.int32)
 
 
-def _load_photo(folder: Path, cache: Path, image: dict, annotations: list[dict]) -> Photo:
-    with Image.open(folder / image["file_name"]) as file:
+def _load_photo(folder: Path, cache: Path, image: TruthImage) -> Photo:
+    with Image.open(folder / image.file_name) as file:
         photo = file.convert("RGB")
-    factor = LONG_SIDE / max(photo.size)
-    width, height = (max(1, round(side * factor)) for side in photo.size)
+    height, width = resized_hw((photo.height, photo.width), LONG_SIDE)
     pixels = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR))
-    instances = np.zeros((len(annotations), height, width), bool)
-    rows = ((np.arange(height) + 0.5) / height * image["height"]).astype(int)
-    columns = ((np.arange(width) + 0.5) / width * image["width"]).astype(int)
-    for index, annotation in enumerate(annotations):
-        instances[index] = decode_instance(annotation, image["height"], image["width"])[np.ix_(rows, columns)]
-    stored = cache / f"{image['id']}.npz"
+    rows = ((np.arange(height) + 0.5) / height * image.size_hw[0]).astype(int)
+    columns = ((np.arange(width) + 0.5) / width * image.size_hw[1]).astype(int)
+    objects = image.objects()
+    instances = np.zeros((len(objects), height, width), bool)
+    for index, instance in enumerate(objects):
+        instances[index] = rle.counts_to_mask(instance.counts, image.size_hw)[np.ix_(rows, columns)]
+    stored = cache / f"{image.image_id}.npz"
     if stored.exists():
         regions = np.load(stored)["regions"]
     else:
         regions = find_regions(pixels)
         np.savez_compressed(stored, regions=regions)
     return Photo(pixels, instances, regions)
-
-
-def read_truth(path: Path) -> dict:
-    """COCO instances JSON."""
-    return json.loads(path.read_text())

@@ -62,6 +62,14 @@ class Answers:
     areas: np.ndarray
     regions: np.ndarray
 
+    @classmethod
+    def of(cls, scene: Scene) -> Answers:
+        """All objects of a scene that are not too small."""
+        quarters = scene.instances.reshape(-1, LOW_RES, 2, LOW_RES, 2).sum(axis=(2, 4), dtype=np.uint8)
+        areas = quarters.sum(axis=(1, 2), dtype=np.int64)
+        fitting = areas >= SMALLEST_TARGET
+        return cls(quarters[fitting], areas[fitting], scene.regions[:, ::2, ::2])
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -133,9 +141,7 @@ def batches(seed: int, start: int, photos: list[Photo], images: int, prompts: in
 
 def make_prompts(rng: np.random.Generator, scene: Scene, prompts: int) -> list[Prompt]:
     """So many prompts on a scene."""
-    quarters = scene.instances.reshape(-1, LOW_RES, 2, LOW_RES, 2).sum(axis=(2, 4), dtype=np.uint8)
-    areas = quarters.sum(axis=(1, 2), dtype=np.int64)
-    answers = Answers(quarters[areas >= SMALLEST_TARGET], areas[areas >= SMALLEST_TARGET], scene.regions[:, ::2, ::2])
+    answers = Answers.of(scene)
     return [make_prompt(rng, scene, answers) for _ in range(prompts)]
 
 

@@ -23,10 +23,9 @@ from tqdm import tqdm
 from training.losses import prompt_loss
 from training.model import build_model
 from training.network import predict
-from training.photos import load_photos, read_truth, split_images
+from training.photos import load_photos, read_photos
 from training.scenes import LOW_RES, Batch, batches
 
-VALIDATION = 60  # photos with the highest ids, never trained on
 SEED = 0
 IMAGES, PROMPTS = 4, 24  # a step
 STEPS = 8000
@@ -45,9 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stop_after", type=float, help="seconds; the next start goes on")
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
-    truth = read_truth(args.truth)
-    training, _ = split_images(truth, VALIDATION)
-    photos = load_photos(args.photos, truth, training, args.work / "regions")
+    training, _ = read_photos(args.truth)
+    photos = load_photos(args.photos, training, args.work / "regions")
 
     model = build_model(SEED)
     rate = keras.optimizers.schedules.CosineDecay(
@@ -80,8 +78,8 @@ def main(argv: list[str] | None = None) -> None:
                 bar.set_postfix(loss=line["masks_loss"], iou=line["best_iou"])
             stopped = args.stop_after is not None and time.monotonic() - began > args.stop_after
             if step % SAVE_EVERY == 0 or step == args.steps or stopped:
-                save(checkpoint, step, variables)
-                save_weights(args.work / "weights.npz", model, optimizer)
+                save(checkpoint, checkpoint_of(step, variables))
+                save(args.work / "weights.npz", mean_weights(model, optimizer))
                 plot_curve(log, args.work / "curve.png")
             if stopped:
                 break
@@ -125,31 +123,33 @@ def as_tensors(batch: Batch) -> list[tf.Tensor]:
     ]
 
 
-def save(path: Path, step: int, variables: list[keras.Variable]) -> None:
-    """Writes a checkpoint; a reader sees the old one or the new one."""
+def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes arrays by name; a reader sees the old file or the new one."""
     part = path.with_suffix(".part.npz")
-    np.savez(part, *[np.array(variable) for variable in variables], step=step)
+    np.savez(part, **arrays)  # type: ignore[arg-type]  # one of its own keywords has another type
     os.replace(part, path)
 
 
+def checkpoint_of(step: int, variables: list[keras.Variable]) -> dict[str, np.ndarray]:
+    """All that a run needs to go on."""
+    return {f"arr_{index}": np.array(variable) for index, variable in enumerate(variables)} | {"step": np.array(step)}
+
+
 def restore(path: Path, variables: list[keras.Variable]) -> int:
-    """Reads what `save` wrote; returns its step."""
+    """Reads a checkpoint; returns its step."""
     stored = np.load(path)
     for index, variable in enumerate(variables):
         variable.assign(stored[f"arr_{index}"])
     return int(stored["step"])
 
 
-def save_weights(path: Path, model: keras.Model, optimizer: keras.Optimizer) -> None:
-    """Writes the running mean of the model's weights, by path."""
+def mean_weights(model: keras.Model, optimizer: keras.Optimizer) -> dict[str, np.ndarray]:
+    """The running mean of the model's weights, by path."""
     means = {
         weight.path: np.array(mean)
         for weight, mean in zip(model.trainable_variables, optimizer._model_variables_moving_average, strict=True)
     }
-    weights = {weight.path: means.get(weight.path, np.array(weight)) for weight in model.variables}
-    part = path.with_suffix(".part.npz")
-    np.savez(part, **weights)  # type: ignore[arg-type]  # one of its own keywords has another type
-    os.replace(part, path)
+    return {weight.path: means.get(weight.path, np.array(weight)) for weight in model.variables}
 
 
 def plot_curve(log: Path, picture: Path) -> None:

@@ -445,18 +445,10 @@ def _encode(candidate: Candidate, proposals: Proposals, size_hw: tuple[int, int]
     x0, y0 = crop.xyxy[:2]
     runs = mask_to_runs(candidate.logits, proposals.upsampling, config.mask_threshold, (x0, y0), size_hw)
     counts = rle.runs_to_counts(runs)
-    area, bbox_xywh = rle.area_and_bbox_xywh(counts, size_hw)
-    mask = Mask(
-        size_hw=size_hw,
-        counts=counts,
-        bbox_xywh=bbox_xywh,
-        area=area,
-        predicted_iou=float(candidate.predicted_iou),
-        stability_score=float(candidate.measured.stability_score),
-        point_xy=(candidate.point_xy[0] + x0, candidate.point_xy[1] + y0),
-        crop_box_xywh=crop.xywh,
-    )
-    return Encoded(mask, np.array(candidate.measured.box_xyxy) + [x0, y0, x0, y0], crop)
+    measured = candidate.measured
+    scores = float(candidate.predicted_iou), float(measured.stability_score)
+    point_xy = candidate.point_xy[0] + x0, candidate.point_xy[1] + y0
+    return Encoded.of(counts, size_hw, scores, point_xy, np.array(measured.box_xyxy), crop)
 
 
 def _store(candidate: Candidate, crop: CropBox, encoded: Encoded | None) -> StoredCandidate:

@@ -14,11 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from transforms import rle
 from transforms.amg import AmgConfig
 from transforms.containment import ContainmentConfig, apply_containment, with_parents
 from transforms.crops import CropBox, generate_crop_boxes
-from transforms.records import Dropped, LabeledImage, Mask, Seconds
+from transforms.records import Dropped, LabeledImage, Seconds
 from transforms.schema import row_to_image
 from transforms.select import Candidates, Encoded, keep_best, merge_crops, select_in_crop
 
@@ -107,23 +106,12 @@ def _split_by_crop(candidates: pa.Table, crops: list[CropBox], size_hw: tuple[in
 
     def in_crop(index: int, crop: CropBox) -> Candidates:
         rows = np.flatnonzero(crop_index == index)
-        x0, y0 = crop.xyxy[:2]
 
         def encode(i: int) -> Encoded:
             row = int(rows[i])
-            text = counts[row].as_py()
-            area, bbox_xywh = rle.area_and_bbox_xywh(text, size_hw)
-            mask = Mask(
-                size_hw=size_hw,
-                counts=text,
-                bbox_xywh=bbox_xywh,
-                area=area,
-                predicted_iou=float(predicted_iou[row]),
-                stability_score=float(stability_score[row]),
-                point_xy=(float(points_xy[row, 0]), float(points_xy[row, 1])),
-                crop_box_xywh=crop.xywh,
-            )
-            return Encoded(mask, boxes_xyxy[row] + [x0, y0, x0, y0], crop)
+            scores = float(predicted_iou[row]), float(stability_score[row])
+            point_xy = float(points_xy[row, 0]), float(points_xy[row, 1])
+            return Encoded.of(counts[row].as_py(), size_hw, scores, point_xy, boxes_xyxy[row], crop)
 
         return Candidates(crop, predicted_iou[rows], stability_score[rows], boxes_xyxy[rows], encode)
 

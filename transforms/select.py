@@ -97,6 +97,38 @@ class Encoded:
     box_xyxy: np.ndarray
     crop: CropBox
 
+    @classmethod
+    def of(
+        cls,
+        counts: str,
+        size_hw: tuple[int, int],
+        scores: tuple[float, float],
+        point_xy: tuple[float, float],
+        crop_box_xyxy: np.ndarray,
+        crop: CropBox,
+    ) -> Encoded:
+        """From the RLE; area and box of the row are those of its pixels.
+
+        Args:
+          size_hw: (H, W) of the image.
+          scores: predicted IoU and stability.
+          point_xy: in the image.
+          crop_box_xyxy: (4,) inclusive pixel indices of the crop.
+        """
+        x0, y0 = crop.xyxy[:2]
+        area, bbox_xywh = rle.area_and_bbox_xywh(counts, size_hw)
+        mask = Mask(
+            size_hw=size_hw,
+            counts=counts,
+            bbox_xywh=bbox_xywh,
+            area=area,
+            predicted_iou=scores[0],
+            stability_score=scores[1],
+            point_xy=point_xy,
+            crop_box_xywh=crop.xywh,
+        )
+        return cls(mask, crop_box_xyxy + [x0, y0, x0, y0], crop)
+
 
 @dataclass(frozen=True)
 class Candidates:
