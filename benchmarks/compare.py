@@ -55,7 +55,7 @@ from benchmarks.machine import (
     rss_bytes,
     set_environment,
 )
-from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, TINY_THRESHOLDS, find_photos
+from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, find_photos
 from benchmarks.sides import SIDES, Ours, Reference, Run, load_sides
 from transforms.agreement import MATCH_IOU, compare_masks
 from transforms.amg import AmgConfig
@@ -130,8 +130,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs a photo (default: 3)")
     parser.add_argument("--points_per_side", type=int, default=32)
     parser.add_argument("--points_per_batch", type=int, default=64)
-    parser.add_argument("--pred_iou_thresh", type=float, help="default: 0.19 for sam_tiny, else the reference's")
-    parser.add_argument("--stability_score_thresh", type=float, help="default: 0.65 for sam_tiny, else the reference's")
+    parser.add_argument("--pred_iou_thresh", type=float, default=AmgConfig.pred_iou_thresh)
+    parser.add_argument("--stability_score_thresh", type=float, default=AmgConfig.stability_score_thresh)
     parser.add_argument("--dtype", default="float32", help="of our matrix products; the reference stays float32")
     parser.add_argument("--in_flight", type=int, default=0, help="also time ours with so many images in flight")
     parser.add_argument("--no_reference", action="store_true", help="ours alone; needs no torch")
@@ -156,9 +156,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def make_config(args: argparse.Namespace) -> AmgConfig:
     """The parameters of both sides."""
-    thresholds = dict(TINY_THRESHOLDS) if args.model == "sam_tiny" else {}
-    thresholds |= {name: value for name in TINY_THRESHOLDS if (value := getattr(args, name)) is not None}
-    return AmgConfig(points_per_side=args.points_per_side, points_per_batch=args.points_per_batch, **thresholds)
+    names = ("points_per_side", "points_per_batch", "pred_iou_thresh", "stability_score_thresh")
+    return AmgConfig(**{name: getattr(args, name) for name in names})
 
 
 def settings_line(config: AmgConfig) -> str:

@@ -31,7 +31,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.machine import describe_machine, print_machine, rss_bytes, set_environment
-from benchmarks.photos import SHIPPED_PHOTOS, TINY_THRESHOLDS, chunk_of, find_photos
+from benchmarks.photos import SHIPPED_PHOTOS, chunk_of, find_photos
 from transforms.amg import MASKS_PER_POINT, AmgConfig, Sam
 from transforms.images import ImageConfig
 from transforms.records import LabeledImage
@@ -125,7 +125,7 @@ def labeler(sam: Sam, threads: ThreadPoolExecutor) -> Label:
 def grow_images(label: Label, images: int) -> list[Row]:
     """Two rows: after a tenth of the images, and after all of them."""
     photos = [path.read_bytes() for path in find_photos([SHIPPED_PHOTOS])]
-    config = AmgConfig(points_per_side=SMALL_GRID, points_per_batch=SMALL_GRID**2, **TINY_THRESHOLDS)
+    config = AmgConfig(points_per_side=SMALL_GRID, points_per_batch=SMALL_GRID**2)
     label(photos, config)  # compiles
     tenth = images // 10
     rows = []
@@ -151,7 +151,7 @@ def vary_settings(label: Label, repeats: int) -> list[Row]:
     cases += [("points_per_batch", n, LONG_SIDE, {"points_per_batch": n}) for n in BATCHES]
     rows = []
     for varied, value, long_side, settings in cases:
-        config = AmgConfig(**{"points_per_side": POINTS_PER_SIDE, **TINY_THRESHOLDS, **settings})
+        config = AmgConfig(**{"points_per_side": POINTS_PER_SIDE, **settings})
         rows.append(measure(label, varied, value, photo(long_side), config, repeats))
         print(line(rows[-1]), flush=True)
     return rows

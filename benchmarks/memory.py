@@ -37,7 +37,7 @@ from benchmarks.machine import (
     rss_bytes,
     set_environment,
 )
-from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, TINY_THRESHOLDS, chunk_of
+from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, chunk_of
 from transforms.amg import AmgConfig, Sam, Scored
 from transforms.images import ImageConfig
 from transforms.records import LabeledImage
@@ -133,7 +133,7 @@ def measure_apart(photo: Path, points_per_side: int) -> dict[str, Any]:
 def measure(data: bytes, points_per_side: int) -> dict[str, Any]:
     """Labels one JPEG and returns bytes, as the module's docstring says."""
     sam = FullFrameSam(load_model(ModelConfig()))
-    config = AmgConfig(points_per_side=points_per_side, box_nms_thresh=1.0, **TINY_THRESHOLDS)
+    config = AmgConfig(points_per_side=points_per_side, box_nms_thresh=1.0)
     with host_threads() as threads:
 
         def label(image: bytes) -> LabeledImage:

@@ -1,19 +1,15 @@
-"""The photos that benchmarks run on, and thresholds for them."""
+"""The photos that benchmarks run on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transforms.images import IMAGE_EXTENSIONS
 from transforms.records import Chunk, EncodedImage, Shard
 
 REPOSITORY = Path(__file__).parent.parent
 SHIPPED_PHOTOS = REPOSITORY / "pipeline" / "photos"
-
-# The embedded model's predicted IoU is low (its model card); these keep some dozens of masks an image.
-TINY_THRESHOLDS: dict[str, Any] = {"pred_iou_thresh": 0.19, "stability_score_thresh": 0.65}
 
 
 def find_photos(paths: Sequence[Path]) -> list[Path]:

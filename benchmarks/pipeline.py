@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe_machine, print_machine, set_environment
-from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, TINY_THRESHOLDS, find_photos
+from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, find_photos
 
 # The command, with a clock around the model stage.
 TIMED_COMMAND = """
@@ -87,8 +87,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     args, label_flags = parser.parse_known_args(argv)
     set_environment()
-    if args.model == "sam_tiny":
-        label_flags = [f"--{name}={value}" for name, value in TINY_THRESHOLDS.items()] + label_flags
 
     machine = describe_machine()
     print_machine(machine)

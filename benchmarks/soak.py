@@ -47,10 +47,9 @@ from tqdm import tqdm
 
 from benchmarks import fuzz
 from benchmarks.machine import describe_machine, print_machine, set_environment
-from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, TINY_THRESHOLDS, find_photos
+from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, find_photos
 
 GRID = ["--points_per_side=4", "--points_per_batch=16"]
-THRESHOLDS = [f"--{name}={value}" for name, value in TINY_THRESHOLDS.items()]
 TWO_PROCESSES = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
 
 IMAGES_A_SHARD = 125
@@ -201,7 +200,7 @@ def start(data: Path, output: Path, scratch: Path, *flags: str) -> subprocess.Po
     command = [sys.executable, "-m", "pipeline", "label", f"--input={data}", f"--output={output}"]
     with (scratch / "stderr.txt").open("ab") as errors:
         return subprocess.Popen(
-            [*command, *GRID, *THRESHOLDS, *flags],
+            [*command, *GRID, *flags],
             cwd=REPOSITORY,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(scratch)},
             stdout=subprocess.DEVNULL,

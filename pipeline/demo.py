@@ -20,8 +20,7 @@ from transforms.write import RUN_FILE
 
 PHOTOS = Path(__file__).parent / "photos"
 
-# The embedded model's predicted IoU is low (its model card); SAM's defaults would keep nothing.
-_FLAGS = ["--model", "sam_tiny", "--pred_iou_thresh", "0.22", "--stability_score_thresh", "0.8"]
+_FLAGS = ["--model", "sam_tiny"]
 
 _DESCRIPTION = "Labels a few photos with the small embedded model, offline, and draws the masks over them."
 

@@ -13,7 +13,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from training import evaluate, finish, losses, network, scenes
+from training import evaluate, finish, losses, network, scenes, train
+from training.model import build_model
 from training.photos import Photo, load_photos, split_images
 from training.synthetic import make_synthetic
 from transforms.sam import load_sam
@@ -26,8 +27,6 @@ H = scenes.FRAME // 2
 
 @pytest.fixture(scope="module")
 def model() -> keras.Model:
-    from training.model import build_model
-
     model = build_model(0)
     rng = np.random.default_rng(1)
     for weight in model.variables:  # none is 0, so that none can be left out
@@ -267,3 +266,38 @@ def test_gradients_written_out_are_those_of_keras(model: keras.Model) -> None:
     expected = gradients(lambda x: tf.nn.gelu(x + hidden.bias), hidden.units, [hidden.bias])
     for actual, wanted in zip(gelu, expected, strict=True):
         np.testing.assert_allclose(actual, wanted, atol=5e-3)  # the slope of GELU is that of its approximation by tanh
+
+
+def test_the_optimizer_takes_matrices_for_matrices_alone() -> None:
+    model = build_model(0)
+    optimizer = train.build_optimizer(model, 1000)
+    score = model.mask_decoder.iou_prediction_head.trainable_variables
+    tables = [weight for weight in model.trainable_variables if "rel_pos" in weight.path or "embed" in weight.path]
+    for weight, velocity in zip(model.trainable_variables, optimizer.adam_velocities, strict=True):
+        known_apart = any(weight is other for other in [*score, *tables])
+        assert (velocity is None) == (len(weight.shape) == 2 and not known_apart), weight.path
+
+
+def test_a_restored_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    def start() -> tuple[keras.Model, keras.Optimizer, list[keras.Variable]]:
+        model = build_model(0)
+        optimizer = train.build_optimizer(model, 1000)
+        return model, optimizer, [*model.variables, *optimizer.variables]
+
+    def step(number: int, model: keras.Model, optimizer: keras.Optimizer) -> None:
+        rng = np.random.default_rng(number)
+        gradients = [tf.constant(rng.normal(size=weight.shape), tf.float32) for weight in model.trainable_variables]
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    model, optimizer, variables = start()
+    step(1, model, optimizer)
+    train.save(tmp_path / "checkpoint.npz", train.checkpoint_of(1, variables))
+    step(2, model, optimizer)
+    resumed, its_optimizer, its_variables = start()
+    assert train.restore(tmp_path / "checkpoint.npz", its_variables) == 1
+    step(2, resumed, its_optimizer)
+    expected, actual = train.mean_weights(model, optimizer), train.mean_weights(resumed, its_optimizer)
+    for mean, its_mean in zip(expected.values(), actual.values(), strict=True):
+        np.testing.assert_array_equal(its_mean, mean)
+    for weight, its_weight in zip(model.variables, resumed.variables, strict=True):
+        np.testing.assert_array_equal(its_weight, weight)

@@ -28,8 +28,9 @@ from training.scenes import LOW_RES, Batch, batches
 
 SEED = 0
 IMAGES, PROMPTS = 4, 24  # a step
-STEPS = 8000
-PEAK_RATE, LAST_RATE, WARM_UP = 5e-4, 5e-6, 300
+STEPS = 3600
+PEAK_RATE, LAST_SHARE, WARM_UP = 2e-3, 0.01, 150
+ADAM_RATIO = 0.25  # of the rate, for what is not a matrix
 IOU_WEIGHT = 5.0  # of the loss of predicted IoU, which is a twentieth of the masks'
 SAVE_EVERY, LOG_EVERY = 250, 25
 
@@ -48,13 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     photos = load_photos(args.photos, training, args.work / "regions")
 
     model = build_model(SEED)
-    rate = keras.optimizers.schedules.CosineDecay(
-        0.0, args.steps - WARM_UP, alpha=LAST_RATE / PEAK_RATE, warmup_target=PEAK_RATE, warmup_steps=WARM_UP
-    )
-    optimizer = keras.optimizers.AdamW(
-        rate, weight_decay=0.03, beta_2=0.99, global_clipnorm=1.0, use_ema=True, ema_momentum=0.998
-    )
-    optimizer.build(model.trainable_variables)
+    optimizer = build_optimizer(model, args.steps)
     variables = [*model.variables, *optimizer.variables]
     checkpoint, log = args.work / "checkpoint.npz", args.work / "log.jsonl"
     start = restore(checkpoint, variables) if checkpoint.exists() else 0
@@ -83,6 +78,30 @@ def main(argv: list[str] | None = None) -> None:
                 plot_curve(log, args.work / "curve.png")
             if stopped:
                 break
+
+
+def build_optimizer(model: keras.Model, steps: int) -> keras.optimizers.Optimizer:
+    """Muon (Jordan et al., 2024) for the matrices, AdamW for all else, and a running mean of the weights.
+
+    With AdamW alone a masks' loss of 0.93 took 1000 steps; with Muon it took 500.
+    """
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0, steps - WARM_UP, alpha=LAST_SHARE, warmup_target=PEAK_RATE, warmup_steps=WARM_UP
+    )
+    optimizer = keras.optimizers.Muon(
+        rate,
+        adam_lr_ratio=ADAM_RATIO,
+        adam_beta_2=0.99,
+        weight_decay=0.03,
+        adam_weight_decay=0.03,
+        # Tables of positions and of learned tokens are no matrices, and neither is what ends in four numbers.
+        exclude_layers=["rel_pos", "embed", f"{model.mask_decoder.iou_prediction_head.name}/"],
+        global_clipnorm=1.0,
+        use_ema=True,
+        ema_momentum=0.998,
+    )
+    optimizer.build(model.trainable_variables)
+    return optimizer
 
 
 def train_step(model: keras.Model, optimizer: keras.Optimizer, *batch: tf.Tensor) -> tuple[tf.Tensor, ...]:
