@@ -28,7 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
+from PIL import Image
 
 from benchmarks.machine import describe_machine, print_machine, rss_bytes, set_environment
 from benchmarks.photos import SHIPPED_PHOTOS, chunk_of, find_photos
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         f"seconds an image by {100 * more_seconds:+.1f} %"
     )
     if args.plot:
-        plot(rows).save(args.plot)
+        plot(rows).savefig(args.plot)
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
     return 0
@@ -185,49 +186,31 @@ def line(row: Row) -> str:
     )
 
 
-# The plot
+def plot(rows: list[Row]) -> Figure:
+    """A panel for each thing varied: seconds an image; for the number of images RSS too.
 
-_PANEL_WH = 420, 320
-_MARGIN = 62
-_INK, _FAINT, _MARK = (40, 40, 40), (205, 205, 205), (66, 110, 180)
-
-
-def plot(rows: list[Row]) -> Image.Image:
-    """A panel for each thing varied: seconds an image; for the number of images RSS too. All axes are logarithmic."""
+    All heights are logarithmic, over a factor of ten at least, so that what is flat looks flat.
+    """
     groups = {row.varied: [other for other in rows if other.varied == row.varied] for row in rows}
-    panels = [("RSS, MB", "images", [(r.value, r.rss_bytes / 1e6) for r in groups["images"]])]
-    panels += [("seconds an image", name, [(r.value, r.seconds) for r in group]) for name, group in groups.items()]
-    columns = 3
-    width, height = _PANEL_WH
-    sheet = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height), "white")
-    for index, (measured, varied, values) in enumerate(panels):
-        corner = index % columns * width, index // columns * height
-        sheet.paste(_panel(f"{measured} (log) by {varied}", values), corner)
-    return sheet
-
-
-def _panel(title: str, values: list[tuple[int, float]]) -> Image.Image:
-    """Values over equal steps. The height is at least a factor of ten, so that what is flat looks flat."""
-    width, height = _PANEL_WH
-    panel = Image.new("RGB", _PANEL_WH, "white")
-    draw = ImageDraw.Draw(panel)
-    font = ImageFont.load_default(14)
-    bottom, top = height - _MARGIN, _MARGIN + 20
-    draw.text((width // 2, 24), title, _INK, font, anchor="mm")
-    draw.line((_MARGIN // 2, bottom + 6, width - _MARGIN // 2, bottom + 6), _FAINT)
-    logs = [math.log10(value) for _, value in values]
-    middle, half = (max(logs) + min(logs)) / 2, max(max(logs) - min(logs), 1) / 2
-    step = (width - _MARGIN) / len(values)
-    marks = [
-        (_MARGIN / 2 + (index + 0.5) * step, bottom - (bottom - top) * (log - middle + half) / (2 * half))
-        for index, log in enumerate(logs)
+    panels = [("RSS, MB", "images", [(row.value, row.rss_bytes / 1e6) for row in groups["images"]])]
+    panels += [
+        ("seconds an image", name, [(row.value, row.seconds) for row in group]) for name, group in groups.items()
     ]
-    draw.line(marks, _MARK, width=2)
-    for (x, y), (setting, value) in zip(marks, values, strict=True):
-        draw.ellipse((x - 4, y - 4, x + 4, y + 4), _MARK)
-        draw.text((x, y - 16), f"{value:.3g}" if value < 100 else f"{value:.0f}", _INK, font, anchor="mm")
-        draw.text((x, bottom + 20), str(setting), _INK, font, anchor="mm")
-    return panel
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    for axes, (measured, varied, points) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        settings, values = [str(setting) for setting, _ in points], [value for _, value in points]
+        axes.plot(settings, values, "o-")
+        for setting, value in zip(settings, values, strict=True):
+            text = f"{value:.3g}" if value < 100 else f"{value:.0f}"
+            axes.annotate(text, (setting, value), (0, 6), textcoords="offset points", ha="center")
+        middle, half = math.sqrt(min(values) * max(values)), math.sqrt(max(10, max(values) / min(values)))
+        axes.set(
+            yscale="log", ylim=(middle / half / 1.3, middle * half * 1.3), xlabel=varied, ylabel=f"{measured} (log)"
+        )
+        axes.tick_params(axis="y", which="both", left=False, labelleft=False)  # the points tell their values
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 if __name__ == "__main__":

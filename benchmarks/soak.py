@@ -42,7 +42,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
 
 from benchmarks import fuzz
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             checks += growth.checks()
             report["images"] = asdict(growth)
             if args.plot:
-                plot(growth.samples).save(args.plot)
+                plot(growth.samples).savefig(args.plot)
         if args.kills:
             checks += kill_and_go_on(folder / "kills", args.kills, random.Random(args.seed))
         if args.cases:
@@ -511,51 +512,23 @@ def all_end(pids: list[int], seconds: float = 30) -> bool:
 
 # The plot.
 
-_PANEL_WH = 900, 300
-_MARGIN = 60
-_INK, _FAINT, _MARK = "#202020", "#c8c8c8", "#2060c0"
 
-
-def plot(samples: list[Sample]) -> Image.Image:
-    """Resident memory, and images a second over stretches of 100 images, over the images done."""
-    memory = [(sample.images, sample.rss_bytes / 1e6) for sample in samples]
+def plot(samples: list[Sample]) -> Figure:
+    """Resident memory, and images a second over stretches of 100 images, over the images done; both from zero."""
     rates, last = [], samples[0]
     for sample in samples:
         if sample.images - last.images >= 100:
             rates.append((sample.images, (sample.images - last.images) / (sample.wall - last.wall)))
             last = sample
-    width, height = _PANEL_WH
-    sheet = Image.new("RGB", (width, 2 * height), "white")
-    for index, (title, points) in enumerate((("resident memory, MB", memory), ("images a second", rates))):
-        sheet.paste(_panel(f"{title}, over images", points), (0, index * height))
-    return sheet
-
-
-def _panel(title: str, points: list[tuple[int, float]]) -> Image.Image:
-    """A line over the images, from zero: what is flat looks flat."""
-    width, height = _PANEL_WH
-    panel = Image.new("RGB", _PANEL_WH, "white")
-    draw = ImageDraw.Draw(panel)
-    font = ImageFont.load_default(14)
-    draw.text((width // 2, 20), title, _INK, font, anchor="mm")
-    most_images, most = max(x for x, _ in points), 1.1 * max(y for _, y in points)
-    bottom, top, right = height - 40, 40, width - 20
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return _MARGIN + (right - _MARGIN) * x / most_images, bottom - (bottom - top) * y / most
-
-    for part in (0, 0.5, 1):
-        draw.line([place(0, part * most), place(most_images, part * most)], _FAINT)
-        draw.text(
-            (_MARGIN - 8, place(0, part * most)[1]),
-            f"{part * most:.{0 if most > 100 else 1}f}",
-            _INK,
-            font,
-            anchor="rm",
-        )
-        draw.text((place(part * most_images, 0)[0], bottom + 18), f"{part * most_images:.0f}", _INK, font, anchor="mm")
-    draw.line([place(x, y) for x, y in points], _MARK, width=2)
-    return panel
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    memory, speed = figure.subplots(2, 1, sharex=True)
+    sizes = [(sample.images, sample.rss_bytes / 1e6) for sample in samples]
+    for axes, points, name in ((memory, sizes, "resident memory, MB"), (speed, rates, "images a second")):
+        axes.plot(*zip(*points, strict=True))
+        axes.set(ylabel=name, ylim=(0, 1.1 * max(value for _, value in points)))
+        axes.spines[["top", "right"]].set_visible(False)
+    speed.set_xlabel("images")
+    return figure
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import keras
-import matplotlib
 import numpy as np
 import tensorflow as tf
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from training.losses import prompt_loss
@@ -173,20 +173,17 @@ def mean_weights(model: keras.Model, optimizer: keras.Optimizer) -> dict[str, np
 
 def plot_curve(log: Path, picture: Path) -> None:
     """The best masks' mean IoU and the losses over the steps."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     steps = [line["step"] for line in lines]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot(steps, [line["best_iou"] for line in lines], linewidth=0.8)
     left.set(xlabel="step", title="mean IoU of the best mask, training prompts")
     for name in ("masks_loss", "iou_loss"):
         right.plot(steps, [line[name] for line in lines], linewidth=0.8, label=name)
     right.set(xlabel="step", title="loss")
     right.legend()
-    figure.savefig(picture, dpi=100)
-    pyplot.close(figure)
+    figure.savefig(picture)
 
 
 if __name__ == "__main__":
