@@ -18,6 +18,7 @@ from training.model import build_model
 from training.photos import Photo, load_photos, split_images
 from training.synthetic import make_synthetic
 from transforms.sam import load_sam
+from transforms.sam_encoder import PIXEL_MEAN, PIXEL_STD
 from transforms.truth import TruthImage
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="training runs on TensorFlow")
@@ -51,7 +52,7 @@ def rectangle(top: int, left: int, bottom: int, right: int) -> np.ndarray:
 def test_encoder_is_keras_hubs(model: keras.Model) -> None:
     pixels = np.random.default_rng(0).uniform(0, 1, (2, scenes.FRAME, scenes.FRAME, 3)).astype(np.float32)
     expected = np.array(model.image_encoder(pixels))  # it takes pixels from 0 to 1 and subtracts the mean itself
-    normal = (255 * pixels - network.MEAN) / network.DEVIATION
+    normal = (pixels - PIXEL_MEAN) / PIXEL_STD
     actual = network.encode(model.image_encoder, tf.constant(normal, tf.float32), tf.float32).numpy()
     np.testing.assert_allclose(actual, expected, atol=2e-4)
 

@@ -19,8 +19,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# Of the photos SAM was trained on, in RGB; its preprocessing subtracts and divides by them.
-MEAN, DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+from transforms.sam_encoder import PIXEL_MEAN, PIXEL_STD
 
 
 def predict(
@@ -50,7 +49,7 @@ def predict_masks(
     frame = pixels.shape[1]
     rows, columns = tf.range(frame)[None, :, None], tf.range(frame)[None, None]
     inside = (rows < sizes[:, 0, None, None]) & (columns < sizes[:, 1, None, None])
-    normal = (tf.cast(pixels, tf.float32) - MEAN) / DEVIATION * tf.cast(inside[..., None], tf.float32)
+    normal = (tf.cast(pixels, tf.float32) / 255 - PIXEL_MEAN) / PIXEL_STD * tf.cast(inside[..., None], tf.float32)
     embedding = encode(model.image_encoder, normal, dtype)
 
     encoder = model.prompt_encoder

@@ -28,8 +28,8 @@ from transforms.sam_layers import (
 )
 
 # KerasHub normalises inside ViTDetBackbone: (x / 255 - mean) / std.
-_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-_STD = np.array([0.229, 0.224, 0.225], np.float32)
+PIXEL_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+PIXEL_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 # Attention scores computed at once, in values: 4 MB of float32 stay in the cache of one core.
 _SCORE_VALUES = 2**20
@@ -127,7 +127,7 @@ def encode_image(weights: Weights, shape: EncoderShape, frame: Any, resized_hw: 
       (grid, grid, channels) in dtype.
     """
     grid, patch = shape.grid, shape.patch_size
-    x = (ops.cast(frame, "float32") / np.float32(255) - _MEAN) / _STD
+    x = (ops.cast(frame, "float32") / np.float32(255) - PIXEL_MEAN) / PIXEL_STD
     index = ops.arange(shape.frame_size, dtype="int32")
     inside = ops.logical_and((index < resized_hw[0])[:, None], (index < resized_hw[1])[None, :])
     x = ops.cast(ops.where(inside[:, :, None], x, np.float32(0)), dtype)
