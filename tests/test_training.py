@@ -66,8 +66,7 @@ def test_decoder_is_keras_hubs(model: keras.Model) -> None:
     encoder = model.prompt_encoder
     sparse = network.embed_prompts(encoder, tf.constant(coords), tf.constant(is_box)[:, None, None])
     positions = encoder.positional_embedding_layer.encode_image((32, 32))
-    masks, token = network.decode(model.mask_decoder, tf.constant(image), positions, sparse, tf.float32)
-    iou = model.mask_decoder.iou_prediction_head(token)
+    masks, iou = network.decode(model.mask_decoder, tf.constant(image), positions, sparse, tf.float32)
     # Plain TensorFlow has no product that this decoder needs on some CPUs (network.py); compiled by XLA it has.
     decoder = tf.function(model.mask_decoder.__call__, jit_compile=True)
     expected = decoder(

@@ -1,10 +1,9 @@
-"""Makes the embedded preset of trained weights: fits and calibrates the scores, rounds to float16, writes the files.
+"""Makes the embedded preset of trained weights: calibrates the scores, rounds to float16, writes the files.
 
 python -m training.finish --photos DIR --truth instances.json --work DIR --preset transforms/presets/sam_tiny
 
-The head that predicts IoU trails the network while that learns, so it is fitted to the finished one. A small model is
-sure of little, so SAM's default thresholds would keep next to nothing. Two numbers change that, found on photos of the
-training set as `maskbeam label` sees them, and put into the weights of the last layers:
+A small model is sure of little, so SAM's default thresholds would keep next to nothing. Two numbers change that, found
+on photos of the training set as `maskbeam label` sees them, and put into the weights of the last layers:
 
 - predicted IoU is stretched linearly, so that KEPT of the masks lie above SAM's threshold of 0.88 and the median mask
   keeps its value;
@@ -21,19 +20,14 @@ import keras
 import keras_hub
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
-from training.losses import masks_worth, pair_losses, score_loss
 from training.model import build_model
-from training.network import predict, predict_masks
+from training.network import predict
 from training.photos import Photo, load_photos, read_photos
-from training.scenes import FRAME, batches, place
-from training.train import IMAGES, PROMPTS, SEED, as_tensors
+from training.scenes import FRAME, place
+from training.train import SEED
 from transforms.prompts import build_point_grid
 from transforms.select import SelectionConfig
-
-FIT_BATCHES = 250  # of scenes as in training, but others
-FIT_STEPS, FIT_PROMPTS, FIT_RATE = 3000, 1024, 1e-3
 
 PHOTOS = 60  # to calibrate on
 POINTS_PER_SIDE = 16
@@ -55,10 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     for weight in model.variables:
         weight.assign(stored[weight.path])
     training, _ = read_photos(args.truth)
-    photos = load_photos(args.photos, training, args.work / "regions")
+    photos = load_photos(args.photos, training[-PHOTOS:], args.work / "regions")
 
-    fit_scores(model, photos)
-    answers = [predict_grid(model, photo) for photo in tqdm(photos[-PHOTOS:], desc="calibration", unit="photo")]
+    answers = [predict_grid(model, photo) for photo in photos]
     predicted = np.concatenate([predicted for _, predicted in answers])
     scale, shift = fit_predicted_iou(predicted)
     high = [logits[scale * ious + shift > PRED_IOU_THRESH] for logits, ious in answers]
@@ -66,49 +59,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"predicted IoU: x {scale:.3f} + {shift:.3f}; logits: x {factor:.3f}")
     change_scores(model.mask_decoder, scale, shift, factor)
     write_preset(model, args.preset)
-
-
-def fit_scores(model: keras.Model, photos: list[Photo]) -> None:
-    """Trains the IoU head alone, on what the network answers to prompts on scenes."""
-
-    @tf.function
-    def answer(*batch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        pixels, sizes, coords, is_box, targets, _, qualities = batch
-        logits, token = predict_masks(model, pixels, sizes, coords, is_box, tf.bfloat16)
-        prompts, kinds = logits.shape[0], targets.shape[2]
-        quarters = tf.reshape(tf.cast(targets, tf.float32), (prompts, kinds, -1))
-        _, ious = pair_losses(tf.reshape(logits, (prompts, 4, -1)), quarters / 4.0)
-        return token, masks_worth(ious, tf.reshape(qualities, (prompts, kinds)))
-
-    made = batches(SEED + 1, 0, photos, IMAGES, PROMPTS)
-    tokens, worth, is_box = [], [], []
-    for _ in tqdm(range(FIT_BATCHES), desc="answers", unit="batch"):
-        batch = next(made)
-        token, its_worth = answer(*as_tensors(batch))
-        tokens.append(token.numpy())
-        worth.append(its_worth.numpy())
-        is_box.append(batch.is_box.ravel())
-    fit_head(model.mask_decoder.iou_prediction_head, *map(np.concatenate, (tokens, worth, is_box)))
-
-
-def fit_head(head: keras.layers.Layer, tokens: np.ndarray, worth: np.ndarray, is_box: np.ndarray) -> None:
-    """Fits a head to tokens (N, C) and the worth (N, 4) of the masks that answer the prompts, is_box (N,)."""
-    rate = keras.optimizers.schedules.CosineDecay(FIT_RATE, FIT_STEPS)
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=0.05)
-    optimizer.build(head.trainable_variables)
-
-    @tf.function
-    def step(*chosen: tf.Tensor) -> None:
-        with tf.GradientTape() as tape:
-            loss = score_loss(head(chosen[0]), chosen[1], chosen[2])
-        optimizer.apply_gradients(
-            zip(tape.gradient(loss, head.trainable_variables), head.trainable_variables, strict=True)
-        )
-
-    rng = np.random.default_rng(SEED)
-    for _ in range(FIT_STEPS):
-        chosen = rng.integers(len(tokens), size=min(FIT_PROMPTS, len(tokens)))
-        step(*(tf.constant(values[chosen]) for values in (tokens, worth, is_box)))
 
 
 def predict_grid(model: keras.Model, photo: Photo) -> tuple[np.ndarray, np.ndarray]:

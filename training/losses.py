@@ -61,32 +61,19 @@ def prompt_loss(
       loss of the masks, loss of the predicted IoU, mean IoU of the best mask for targets of weight 1; scalars.
     """
     losses, ious = pair_losses(logits, targets)
-    allowed = answering_masks(is_box)[:, None]
+    first = ops.cast(ops.arange(4) == 0, "float32")
+    allowed = ops.where(is_box[:, None], first, 1.0 - first)[:, None]  # (N, 1, 4)
     best = ops.min(losses + 1e4 * (1.0 - allowed), axis=-1)
     mean = ops.sum(losses * allowed, axis=-1) / ops.sum(allowed, axis=-1)
     masks_loss = ops.sum(weights * ((1 - OTHERS_SHARE) * best + OTHERS_SHARE * mean)) / (ops.sum(weights) + 1e-6)
 
-    iou_loss = score_loss(predicted_iou, ops.stop_gradient(masks_worth(ious, qualities)), is_box)
+    worth = ops.stop_gradient(ops.max(ious * qualities[:, :, None], axis=1))  # (N, 4)
+    error = ops.square(predicted_iou - worth) * allowed[:, 0]
+    iou_loss = ops.sum(error) / ops.sum(allowed)
+
     objects = ops.cast(weights == 1.0, "float32")
     best_iou = ops.sum(objects * ops.max(ious * allowed, axis=-1)) / (ops.sum(objects) + 1e-6)
     return masks_loss, iou_loss, best_iou
-
-
-def answering_masks(is_box: Tensor) -> Tensor:
-    """Which of four masks answer N prompts: the first one a box, the others a click. (N, 4) float32, 1 or 0."""
-    first = ops.cast(ops.arange(4) == 0, "float32")
-    return ops.where(is_box[:, None], first, 1.0 - first)
-
-
-def masks_worth(ious: Tensor, qualities: Tensor) -> Tensor:
-    """The IoU to predict for each mask, (N, 4), of its IoU with each target (N, K, 4) and what that is worth (N, K)."""
-    return ops.max(ious * qualities[:, :, None], axis=1)
-
-
-def score_loss(predicted_iou: Tensor, worth: Tensor, is_box: Tensor) -> Tensor:
-    """Mean squared error of predicted IoU (N, 4) over the masks that answer their prompts."""
-    answering = answering_masks(is_box)
-    return ops.sum(ops.square(predicted_iou - worth) * answering) / ops.sum(answering)
 
 
 def _product(targets: Tensor, values: Tensor) -> Tensor:

@@ -38,14 +38,6 @@ def predict(
     Returns:
       (B * P, 4, H, W) low-res logits and (B * P, 4) float32.
     """
-    logits, token = predict_masks(model, pixels, sizes, coords, is_box, dtype)
-    return logits, model.mask_decoder.iou_prediction_head(token)
-
-
-def predict_masks(
-    model: keras.Model, pixels: tf.Tensor, sizes: tf.Tensor, coords: tf.Tensor, is_box: tf.Tensor, dtype: tf.DType
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Masks, and the token (B * P, C) from which the IoU head predicts their IoU. Arguments as above."""
     frame = pixels.shape[1]
     rows, columns = tf.range(frame)[None, :, None], tf.range(frame)[None, None]
     inside = (rows < sizes[:, 0, None, None]) & (columns < sizes[:, 1, None, None])
@@ -131,7 +123,7 @@ def decode(
       prompts: (B * P, 2, C), those of the first image first.
 
     Returns:
-      masks (B * P, 4, 4H, 4W) and the IoU token (B * P, C), float32.
+      masks (B * P, 4, 4H, 4W) and predicted IoU (B * P, 4), float32.
     """
     images, height, width, channels = image.shape
     count, masks = prompts.shape[0], decoder.num_mask_tokens
@@ -167,7 +159,7 @@ def decode(
     logits = tf.matmul(tf.cast(hyper, dtype), upscaled, transpose_b=True)
     logits = tf.reshape(tf.cast(logits, tf.float32), (count, masks, height, width, 2, 2, 2, 2))
     logits = tf.reshape(tf.transpose(logits, (0, 1, 2, 4, 6, 3, 5, 7)), (count, masks, 4 * height, 4 * width))
-    return logits, tokens[:, 0]
+    return logits, decoder.iou_prediction_head(tokens[:, 0])
 
 
 def look_at_pixels(
