@@ -5,8 +5,8 @@ python -m training.finish --photos DIR --truth instances.json --work DIR --prese
 A small model is sure of little, so SAM's default thresholds would keep next to nothing. Two numbers change that, found
 on photos of the training set as `maskbeam label` sees them, and put into the weights of the last layers:
 
-- predicted IoU is stretched linearly, so that KEPT of the masks lie above SAM's threshold of 0.88 and the median mask
-  keeps its value;
+- predicted IoU is scaled and shifted, so that KEPT of the masks lie above SAM's threshold of 0.88 and a thousandth
+  above 1: it ranks masks, and is no longer an estimate;
 - logits are multiplied, so that STABLE of those lie above SAM's stability of 0.95. Masks stay what they are.
 """
 
@@ -32,6 +32,7 @@ from transforms.select import SelectionConfig
 PHOTOS = 60  # to calibrate on
 POINTS_PER_SIDE = 16
 KEPT = 0.2  # of all masks, above PRED_IOU_THRESH
+BEST = 0.001  # of all masks, above 1
 STABLE = 0.8  # of those, above STABILITY_SCORE_THRESH
 PRED_IOU_THRESH, STABILITY_SCORE_THRESH = SelectionConfig.pred_iou_thresh, SelectionConfig.stability_score_thresh
 
@@ -80,10 +81,10 @@ def predict_grid(model: keras.Model, photo: Photo) -> tuple[np.ndarray, np.ndarr
 
 
 def fit_predicted_iou(predicted: np.ndarray) -> tuple[float, float]:
-    """Scale and shift that leave the median alone and put the share KEPT above PRED_IOU_THRESH."""
-    median, edge = np.quantile(predicted, [0.5, 1 - KEPT])
-    scale = (PRED_IOU_THRESH - median) / (edge - median)
-    return float(scale), float(median - scale * median)
+    """Scale and shift that put the share KEPT above PRED_IOU_THRESH and the share BEST above 1."""
+    edge, best = np.quantile(predicted, [1 - KEPT, 1 - BEST])
+    scale = (1 - PRED_IOU_THRESH) / (best - edge)
+    return float(scale), float(1 - scale * best)
 
 
 def fit_stability(logits: list[np.ndarray]) -> float:
