@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         args.copy_to.mkdir(parents=True, exist_ok=True)
         for image in images:
             shutil.copy(args.photos / image.file_name, args.copy_to)
-    model = keras_hub.models.SAMBackbone.from_preset(resolve_preset(args.preset))
+    model = keras_hub.models.SAMImageSegmenter.from_preset(resolve_preset(args.preset), preprocessor=None).backbone
     answers = [answer for image in images for answer in ask(model, args.photos, image)]
     report = summarize(answers)
     print(f"{len(images)} photos, {len(answers)} objects")
