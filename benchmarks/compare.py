@@ -318,10 +318,11 @@ def print_agreement(photo: PhotoRuns) -> None:
     if nets[0] is not None and nets[1] is not None:
         difference = float(np.abs(nets[0] - nets[1]).max())
         print(f"  networks: predicted IoU, before it is replaced, differs by at most {difference:.1e}")
-    if photo.comparison is not None and not (same_order and identical == reference):
+    comparison = photo.comparison
+    if comparison is not None and (comparison.violations or not same_order or identical < reference):
         from benchmarks.parity import print_comparison
 
-        print_comparison(f"  {photo.name}", photo.comparison)
+        print_comparison(f"  {photo.name}", comparison)
 
 
 def print_transformers_agreement(agreement: TransformersAgreement, expected: int) -> None:
