@@ -89,6 +89,12 @@ def test_small_masks_are_drawn_over_large_ones(small_index: int) -> None:
     np.testing.assert_array_equal(draw_masks(grey(50), list(map(to_mask, masks)))[4, 4], mask_color(small_index))
 
 
+def test_under_several_masks_the_photo_shows_as_under_one() -> None:
+    """Nested masks: the inside of the smallest is a blend of the photo and of that mask's colour alone."""
+    masks = [square(0, 8), square(1, 7), square(2, 6)]
+    np.testing.assert_array_equal(draw_masks(grey(50), list(map(to_mask, masks)))[4, 4], blend(50, 2))
+
+
 def test_photo_is_not_changed() -> None:
     photo = grey(50)
     picture = draw_masks(photo, [to_mask(square(2, 6))])

@@ -28,7 +28,7 @@ from training.scenes import LOW_RES, Batch, batches
 
 SEED = 0
 IMAGES, PROMPTS = 4, 24  # a step
-STEPS = 3600
+STEPS = 8300
 PEAK_RATE, LAST_SHARE, WARM_UP = 2e-3, 0.01, 150
 ADAM_RATIO = 0.25  # of the rate, for what is not a matrix
 IOU_WEIGHT = 5.0  # of the loss of predicted IoU, which is a twentieth of the masks'

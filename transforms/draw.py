@@ -24,6 +24,8 @@ def mask_color(index: int) -> np.ndarray:
 def draw_masks(pixels: np.ndarray, masks: Sequence[Mask]) -> np.ndarray:
     """Draws masks over a photo, large ones first so that small ones stay visible, each with an outline.
 
+    Where masks overlap, the smallest one's colour lies over the photo, as in the pictures of SAM's own notebooks.
+
     Args:
       pixels: (H, W, 3) uint8, the photo at any scale; where it is not the masks', their nearest pixels are taken.
       masks: of this image; mask_color(i) is the colour of masks[i].
@@ -39,7 +41,8 @@ def draw_masks(pixels: np.ndarray, masks: Sequence[Mask]) -> np.ndarray:
             continue
         window = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         mask, drawn, color = mask[window], canvas[window], mask_color(index).astype(np.float32)
-        drawn[mask] = (1 - _OPACITY) * drawn[mask] + _OPACITY * color
+        # Of the photo, not of what is drawn: under several masks it would fade away.
+        drawn[mask] = (1 - _OPACITY) * pixels[window][mask] + _OPACITY * color
         drawn[_outline(mask)] = color
     return canvas.astype(np.uint8)
 
