@@ -100,14 +100,15 @@ def test_each_target_of_a_click_goes_to_its_best_mask_and_a_boxs_to_mask_0() -> 
     left, right = np.zeros((2, 1, 1, 64), np.float32)
     left[..., :32], right[..., 32:] = 1, 1
     targets = np.concatenate([left, right], axis=1)
-    masks = [20 * (2 * mask - 1) for mask in (left, right, right, left)]  # 0 to 3
+    masks = [20 * (2 * mask - 1) for mask in (left, right, right, right)]  # 0 to 3
     logits = tf.constant(np.concatenate(masks, axis=1))
 
     def best_iou(is_box: bool, weights: list[float]) -> float:
         arguments = (tf.zeros((1, 4)), tf.constant([is_box]), tf.constant(targets), tf.constant([weights]))
         return float(losses.prompt_loss(logits, *arguments, tf.ones((1, 2)))[2])
 
-    assert best_iou(False, [1.0, 1.0]) == pytest.approx(1, abs=1e-4)  # masks 3 and 1
+    assert best_iou(False, [0.0, 1.0]) == pytest.approx(1, abs=1e-4)
+    assert best_iou(False, [1.0, 0.0]) == pytest.approx(0, abs=1e-4)  # mask 0 would fit, but is for boxes
     assert best_iou(True, [1.0, 0.0]) == pytest.approx(1, abs=1e-4)
     assert best_iou(True, [0.0, 1.0]) == pytest.approx(0, abs=1e-4)  # mask 0 is the left one
 
@@ -176,6 +177,7 @@ def test_a_batch_depends_on_its_number_alone() -> None:
 def test_synthetic_objects_lie_apart_and_parts_within_them() -> None:
     scene = make_synthetic(np.random.default_rng(5))
     assert len(scene.instances) >= 1 and scene.instances.sum(axis=0).max() == 1
+    assert len(np.unique(scene.regions[0])) > len(np.unique(scene.regions[1]))  # some object has parts
     for part in np.unique(scene.regions[0]):
         assert len(np.unique(scene.regions[1][scene.regions[0] == part])) == 1
 
@@ -184,6 +186,24 @@ def test_validation_photos_are_those_with_the_highest_ids() -> None:
     images = [TruthImage(number, f"{number}.jpg", (6, 8), ()) for number in (5, 1, 9, 7)]
     training, validation = split_images(images, 2)
     assert [image.image_id for image in training] == [1, 5] and [image.image_id for image in validation] == [7, 9]
+
+
+def test_no_photo_left_to_train_on_is_an_error() -> None:
+    images = [TruthImage(number, f"{number}.jpg", (6, 8), ()) for number in (5, 1)]
+    with pytest.raises(ValueError, match="2 images; give more than the 2 that"):
+        split_images(images, 2)
+
+
+def test_a_photo_of_another_size_than_its_annotations_is_an_error(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((6, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png is 8x6, its annotations are for 16x12"):
+        load_photos(tmp_path, [TruthImage(1, "a.png", (12, 16), ())], tmp_path / "regions")
+
+
+def test_windows_that_do_not_fill_the_grid_are_an_error(model: keras.Model) -> None:
+    block = next(layer for layer in model.image_encoder.layers if hasattr(layer, "attention"))
+    with pytest.raises(ValueError, match="windows of 7 do not fill a grid of 32"):
+        network.attend_image(block.attention, tf.zeros((1, 32, 32, 192)), 7, tf.float32)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +246,11 @@ def test_logits_are_multiplied_until_masks_are_stable() -> None:
 
 
 def test_the_preset_loads_as_float32_and_gives_the_calibrated_answers(model: keras.Model, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (scenes.FRAME, scenes.FRAME, 3), np.uint8)
+    coords = np.array([[[[50, 60], [0, 0]]]], np.float32)
+    prompts = (tf.constant(pixels[None]), tf.constant([[256, 256]]), tf.constant(coords), tf.constant([[False]]))
+    before = network.predict(model, *prompts)
+    finish.change_scores(model.mask_decoder, 2.0, 0.25, 3.0)
     finish.write_preset(model, tmp_path / "preset")
     with h5py.File(tmp_path / "preset" / "model.weights.h5") as file:
         found: list[np.dtype] = []
@@ -233,11 +258,9 @@ def test_the_preset_loads_as_float32_and_gives_the_calibrated_answers(model: ker
     assert set(found) == {np.dtype(np.float16)}
     for weight in model.variables:
         weight.assign(np.array(weight).astype(np.float16).astype(np.float32))
-    pixels = np.random.default_rng(0).integers(0, 256, (scenes.FRAME, scenes.FRAME, 3), np.uint8)
-    coords = np.array([[[[50, 60], [0, 0]]]], np.float32)
-    logits, iou = network.predict(
-        model, tf.constant(pixels[None]), tf.constant([[256, 256]]), tf.constant(coords), tf.constant([[False]])
-    )
+    logits, iou = network.predict(model, *prompts)
+    np.testing.assert_allclose(iou, 2.0 * before[1] + 0.25, atol=1e-2)  # as far as float16 goes
+    np.testing.assert_allclose(logits, 3.0 * before[0], atol=1e-2 * np.abs(logits).max())
     sam = load_sam(str(tmp_path / "preset"))
     scored = sam.score(sam.embed(pixels, (256, 256)), coords[0, :, 0].astype(np.float64), 1)
     np.testing.assert_allclose(scored.predicted_iou()[0], iou[0, 1:], atol=1e-4)

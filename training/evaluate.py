@@ -63,15 +63,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     _, images = read_photos(args.truth)
     if args.copy_to:
-        args.copy_to.mkdir(parents=True, exist_ok=True)
         for image in images:
-            shutil.copy(args.photos / image.file_name, args.copy_to)
+            copy = args.copy_to / image.file_name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(args.photos / image.file_name, copy)
     model = keras_hub.models.SAMImageSegmenter.from_preset(resolve_preset(args.preset), preprocessor=None).backbone
     answers = [answer for image in images for answer in ask(model, args.photos, image)]
     report = summarize(answers)
     print(f"{len(images)} photos, {len(answers)} objects")
     for size, values in report["sizes"].items():
-        print(f"{size:12}{values['objects']:6}   click {values['click_iou']:.3f}   box {values['box_iou']:.3f}")
+        if values["objects"]:
+            print(f"{size:12}{values['objects']:6}   click {values['click_iou']:.3f}   box {values['box_iou']:.3f}")
     print(f"correlation of predicted and true IoU {report['correlation']:.3f}")
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -127,14 +129,14 @@ def interior_point(mask: np.ndarray) -> tuple[int, int]:
 
 
 def summarize(answers: list[Answer]) -> dict:
-    """Mean IoU by size of the object, and the correlation over all clicks' masks."""
+    """Mean IoU by size of the object, None where there is no object, and the correlation over all clicks' masks."""
     sizes = {}
     for name, (low, high) in SIZES.items():
         chosen = [answer for answer in answers if low <= answer.area <= high]
         sizes[name] = {
             "objects": len(chosen),
-            "click_iou": float(np.mean([answer.click_ious.max() for answer in chosen])),
-            "box_iou": float(np.mean([answer.box_iou for answer in chosen])),
+            "click_iou": float(np.mean([answer.click_ious.max() for answer in chosen])) if chosen else None,
+            "box_iou": float(np.mean([answer.box_iou for answer in chosen])) if chosen else None,
         }
     true = np.concatenate([answer.click_ious for answer in answers])
     predicted = np.concatenate([answer.click_predicted for answer in answers])

@@ -3,7 +3,8 @@
 python -m training.finish --photos DIR --truth instances.json --work DIR --preset transforms/presets/sam_tiny
 
 A small model is sure of little, so SAM's default thresholds would keep next to nothing. Two numbers change that, found
-on photos of the training set as `maskbeam label` sees them, and put into the weights of the last layers:
+on photos of the training set with a grid of clicks, at the network's own resolution, and put into the weights of the
+last layers:
 
 - predicted IoU is scaled and shifted, so that KEPT of the masks lie above SAM's threshold of 0.88 and a thousandth
   above 1: it ranks masks, and is no longer an estimate;
@@ -88,12 +89,16 @@ def fit_predicted_iou(predicted: np.ndarray) -> tuple[float, float]:
 
 
 def fit_stability(logits: list[np.ndarray]) -> float:
-    """The smallest factor, at least 1, with which the share STABLE of the masks reaches STABILITY_SCORE_THRESH."""
+    """The smallest of 100 factors from 1 to 100 with which the share STABLE of masks reaches STABILITY_SCORE_THRESH.
+
+    Raises:
+      ValueError: none does.
+    """
     for factor in np.geomspace(1, 100, 100):
         scores = [(mask > 1 / factor).sum() / max(1, (mask > -1 / factor).sum()) for masks in logits for mask in masks]
         if np.mean(np.array(scores) >= STABILITY_SCORE_THRESH) >= STABLE:
-            break
-    return float(factor)
+            return float(factor)
+    raise ValueError(f"less than {STABLE} of the masks are stable even with logits x 100: train longer")
 
 
 def change_scores(decoder: keras.layers.Layer, scale: float, shift: float, factor: float) -> None:

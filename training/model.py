@@ -79,7 +79,7 @@ def build_model(seed: int) -> keras.Model:
 
 
 def look_around(attention: keras.layers.Layer) -> None:
-    """Starts each head of an encoder's attention at its place in _PLACES."""
+    """Starts each head of an encoder's attention near its place in _PLACES; its other channels stay random."""
     size = attention.key_dim
     tables = [np.array(table) for table in _tables(attention)]
     # All heads share one table, so each has a channel of its own in it.

@@ -73,8 +73,14 @@ def encode(encoder: keras.Model, images: tf.Tensor, dtype: tf.DType) -> tf.Tenso
 
 
 def attend_image(attention: keras.layers.Layer, x: tf.Tensor, window: int, dtype: tf.DType) -> tf.Tensor:
-    """Attention with relative positions within windows: (B, grid, grid, C) to the same."""
+    """Attention with relative positions within windows: (B, grid, grid, C) to the same.
+
+    Raises:
+      ValueError: the grid is not made of whole windows, as SAM's published ones are not.
+    """
     images, grid, heads, size = x.shape[0], x.shape[1], attention.num_heads, attention.key_dim
+    if grid % window:
+        raise ValueError(f"windows of {window} do not fill a grid of {grid}, and padding is not written out here")
     side, pixels = grid // window, window * window
     shape = (images, side, window, side, window, 3, heads, size)
     qkv = tf.transpose(tf.reshape(dense(attention.qkv, x, dtype), shape), (5, 0, 1, 3, 6, 2, 4, 7))
@@ -195,7 +201,7 @@ def tell_pixels(
     positions: tf.Tensor,
     dtype: tf.DType,
 ) -> tf.Tensor:
-    """Attention of the image to tokens: (N, HW, C) in `dtype`, without the output's bias. Arguments as above."""
+    """Attention of the image to tokens: (N, HW, C) in `dtype`. Arguments as above."""
     count, length = tokens.shape[:2]
     heads, size = attention.num_heads, attention.internal_dims
     keys = spread_heads(attention.key_proj(tokens), heads) * size**-0.5  # (N, heads T, D)

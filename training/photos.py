@@ -51,7 +51,13 @@ def read_photos(path: Path) -> tuple[list[TruthImage], list[TruthImage]]:
 
 
 def split_images(images: list[TruthImage], validation: int) -> tuple[list[TruthImage], list[TruthImage]]:
-    """Training and validation: those with the highest ids are kept out of training."""
+    """Training and validation: those with the highest ids are kept out of training.
+
+    Raises:
+      ValueError: no image would be left to train on.
+    """
+    if len(images) <= validation:
+        raise ValueError(f"{len(images)} images; give more than the {validation} that are kept out of training")
     ordered = sorted(images, key=lambda image: image.image_id)
     return ordered[: len(ordered) - validation], ordered[len(ordered) - validation :]
 
@@ -61,7 +67,10 @@ def load_photos(folder: Path, images: list[TruthImage], cache: Path) -> list[Pho
 
     Args:
       folder: where the files of `images` lie.
-      cache: directory for the regions, one .npz a photo; made if it is missing.
+      cache: directory for the regions, one .npz a photo; made if it is missing. Another set of photos needs another.
+
+    Raises:
+      ValueError: a photo has another size than its annotations.
     """
     cache.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
@@ -79,7 +88,12 @@ def find_regions(pixels: np.ndarray) -> np.ndarray:
 def _load_photo(folder: Path, cache: Path, image: TruthImage) -> Photo:
     with Image.open(folder / image.file_name) as file:
         photo = file.convert("RGB")
-    height, width = resized_hw((photo.height, photo.width), LONG_SIDE)
+    if (photo.height, photo.width) != tuple(image.size_hw):
+        raise ValueError(
+            f"{folder / image.file_name} is {photo.width}x{photo.height}, its annotations are for"
+            f" {image.size_hw[1]}x{image.size_hw[0]}: give the photos they were made for"
+        )
+    height, width = resized_hw(image.size_hw, LONG_SIDE)
     pixels = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR))
     rows = ((np.arange(height) + 0.5) / height * image.size_hw[0]).astype(int)
     columns = ((np.arange(width) + 0.5) / width * image.size_hw[1]).astype(int)
@@ -92,5 +106,7 @@ def _load_photo(folder: Path, cache: Path, image: TruthImage) -> Photo:
         regions = np.load(stored)["regions"]
     else:
         regions = find_regions(pixels)
-        np.savez_compressed(stored, regions=regions)
+        part = stored.with_suffix(".part.npz")
+        np.savez_compressed(part, regions=regions)
+        part.replace(stored)
     return Photo(pixels, instances, regions)

@@ -178,7 +178,7 @@ def find_targets(answers: Answers, row: int, column: int, frame_area: int) -> li
       frame_area: of what is not padding; a region that fills most of it is no answer.
 
     Returns:
-      at most MAX_TARGETS of (mask, weight, quality), no two of which are nearly the same; masks in quarters.
+      at most MAX_TARGETS of (mask, weight, quality), no region nearly the same as another one; masks in quarters.
     """
     under = np.flatnonzero(answers.quarters[:, row, column] >= 2)
     under = under[np.argsort(answers.areas[under])][:2]
@@ -261,7 +261,7 @@ def _crop(rng: np.random.Generator, photo: Photo) -> Scene:
 
 
 def _recolor(rng: np.random.Generator, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Other light: brightness, contrast, saturation, tint; one in twelve is grey."""
+    """Other light: brightness, contrast, saturation, tint; one in twelve has one hue."""
     window = pixels[: size[0], : size[1]].astype(np.float32)
     grey = window.mean(axis=2, keepdims=True)
     saturation = 0.0 if rng.random() < 1 / 12 else rng.uniform(0.5, 1.5)
@@ -274,7 +274,7 @@ def _recolor(rng: np.random.Generator, pixels: np.ndarray, size: tuple[int, int]
 
 
 def _noisy_box(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
-    """The box of a low-res mask with corners off by a tenth of its sides, as SAM's training has them: (2, 2) x, y."""
+    """The box of a low-res mask with corners off by a tenth of its sides, at most 20 pixels: (2, 2) x, y."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     corners = 2 * np.array([[columns[0], rows[0]], [columns[-1] + 1, rows[-1] + 1]], np.float32)
     sides = corners[1] - corners[0]

@@ -41,8 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--photos", type=Path, required=True, help="directory of COCO photos")
     parser.add_argument("--truth", type=Path, required=True, help="their instances.json")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints, log and curve; resumed from")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"the schedule's length (default: {STEPS})")
-    parser.add_argument("--stop_after", type=float, help="seconds; the next start goes on")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"length, also of a run that goes on (default: {STEPS})"
+    )
+    parser.add_argument("--stop_after", type=float, help="seconds, and on to the next line of the log")
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     training, _ = read_photos(args.truth)
@@ -71,11 +73,11 @@ def main(argv: list[str] | None = None) -> None:
                 with log.open("a") as file:
                     file.write(json.dumps(line) + "\n")
                 bar.set_postfix(loss=line["masks_loss"], iou=line["best_iou"])
-            stopped = args.stop_after is not None and time.monotonic() - began > args.stop_after
+                stopped = args.stop_after is not None and time.monotonic() - began > args.stop_after
             if step % SAVE_EVERY == 0 or step == args.steps or stopped:
-                save(checkpoint, checkpoint_of(step, variables))
                 save(args.work / "weights.npz", mean_weights(model, optimizer))
                 plot_curve(log, args.work / "curve.png")
+                save(checkpoint, checkpoint_of(step, variables))  # last, so that a finished run has all three
             if stopped:
                 break
 
@@ -122,7 +124,7 @@ def train_step(model: keras.Model, optimizer: keras.Optimizer, *batch: tf.Tensor
         loss = masks_loss + IOU_WEIGHT * iou_loss
     gradients = tape.gradient(loss, model.trainable_variables)
     size = tf.linalg.global_norm([gradient for gradient in gradients if gradient is not None])
-    # Mask prompts are not trained: the loss does not depend on the layers that embed them.
+    # Mask prompts and points to leave out are not trained: the loss does not depend on what embeds them.
     given = [
         tf.zeros_like(weight) if gradient is None else gradient
         for gradient, weight in zip(gradients, model.trainable_variables, strict=True)
