@@ -34,7 +34,7 @@ PHOTOS = 60  # to calibrate on
 POINTS_PER_SIDE = 16
 KEPT = 0.5  # of all masks, above PRED_IOU_THRESH
 BEST = 0.001  # of all masks, above 1
-STABLE = 0.5  # of those, above STABILITY_SCORE_THRESH
+STABLE = 0.35  # of those, above STABILITY_SCORE_THRESH; with larger logits float32 rounds by more than 1e-4
 PRED_IOU_THRESH, STABILITY_SCORE_THRESH = SelectionConfig.pred_iou_thresh, SelectionConfig.stability_score_thresh
 
 
