@@ -452,6 +452,9 @@ def test_masks_are_drawn(labeled: Path, report: Path, open_page: Callable[..., P
         pixels = centres[alone & (mask > 0)]
         assert (np.abs(pixels[:, :3].astype(int) - mask_color(index)) <= 3).all()
         assert set(pixels[:, 3].tolist()) <= {115, 255}  # 0.45 x 255
+    # Where masks overlap, the photo shows as much.
+    assert np.sum(decoded, axis=0).max() > 1
+    assert set(centres[..., 3].ravel().tolist()) <= {0, 115, 255}
 
 
 def test_opacity_and_outlines(report: Path, open_page: Callable[..., Page]) -> None:

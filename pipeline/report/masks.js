@@ -102,7 +102,8 @@ window.maskbeam = (() => {
     });
   }
 
-  // Draws a mask over what is in the ImageData: colour at an opacity inside, solid on the outline if there is one.
+  // Draws a mask in place of what is in the ImageData: colour at an opacity inside, solid on the outline if there is one.
+  // The photo is another layer: under several masks it shows as under one, as transforms/draw.py has it.
   function paint(image, mask, color, opacity, outline) {
     const { data, width } = image;
     for (let y = 0; y < mask.height; y++) {
@@ -110,11 +111,9 @@ window.maskbeam = (() => {
       for (let i = y * mask.width; i < (y + 1) * mask.width; i++, pixel += 4) {
         if (!mask.bits[i]) continue;
         const above = outline && mask.bits[i] === 2 ? 1 : opacity;
-        const below = (data[pixel + 3] / 255) * (1 - above);
-        const alpha = above + below;
-        if (!alpha) continue;
-        for (let c = 0; c < 3; c++) data[pixel + c] = (color[c] * above + data[pixel + c] * below) / alpha;
-        data[pixel + 3] = 255 * alpha;
+        if (!above) continue;
+        for (let c = 0; c < 3; c++) data[pixel + c] = color[c];
+        data[pixel + 3] = 255 * above;
       }
     }
   }
