@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.reference import Sam, SamAutomaticMaskGenerator, build_torch_sam, load_backbone
+from benchmarks.reference import Sam, SamAutomaticMaskGenerator, build_torch_sam
 from transforms import rle
 from transforms.amg import AmgConfig, label_image
 from transforms.records import Mask
-from transforms.sam import load_sam, resolve_preset
+from transforms.sam import load_backbone, load_sam
 
 IDENTICAL_FRACTION = 0.97  # of all RLE strings
 LOGIT_ROUNDING = 1e-4  # of mask logits, between frameworks
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no golden file in {args.golden} matches {' '.join(args.cases)}")
 
     sam = load_sam(args.model)
-    torch_sam = build_torch_sam(load_backbone(resolve_preset(args.model)))
+    torch_sam = build_torch_sam(load_backbone(args.model))
     if args.state_dict:
         torch_sam.load_state_dict(torch.load(args.state_dict, weights_only=True))
 

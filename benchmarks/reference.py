@@ -185,14 +185,6 @@ Pair = tuple[str, keras.Variable, bool]
 _KERNEL_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}
 
 
-def load_backbone(preset: str) -> keras_hub.models.SAMBackbone:
-    """A KerasHub SAM by name, directory or URI, complete with its mask decoder.
-
-    SAMBackbone.from_preset alone leaves the mask decoder unbuilt: it is no part of the backbone's graph.
-    """
-    return keras_hub.models.SAMImageSegmenter.from_preset(preset, preprocessor=None).backbone
-
-
 def torch_state_dict(backbone: keras_hub.models.SAMBackbone) -> dict[str, torch.Tensor]:
     """The backbone's weights as the reference's state_dict, float32."""
     state_dict = {}

@@ -20,7 +20,6 @@ import numpy as np
 from benchmarks.models import RANDOM_MODELS, AnsweringSam, Answers, random_backbone
 from benchmarks.photos import chunk_of
 from transforms.amg import MASKS_PER_POINT, AmgConfig, Sam, label_image, layer_point_grids
-from transforms.embedded import resolve_preset
 from transforms.frame import resized_hw
 from transforms.images import ImageConfig
 from transforms.records import Mask
@@ -38,7 +37,7 @@ def load_sides(
 ) -> tuple[Reference | None, Ours | None, HuggingFace | None]:
     """The sides that are named, on the same weights."""
     from transforms.sam import Sam as KerasSam
-    from transforms.sam import load_sam
+    from transforms.sam import load_backbone, load_sam
 
     synthetic = model in RANDOM_MODELS
     backbone = random_backbone(model) if synthetic else None
@@ -48,7 +47,7 @@ def load_sides(
 
         start = time.perf_counter()
         if backbone is None:
-            sam = torch_side.build_torch_sam(torch_side.load_backbone(resolve_preset(model)))
+            sam = torch_side.build_torch_sam(load_backbone(model))
         else:
             sam = torch_side.build_torch_sam(backbone)
             if "ours" in names:  # KerasHub's initial weights leave out too much for the networks to be compared

@@ -100,17 +100,18 @@ def test_each_target_of_a_click_goes_to_its_best_mask_and_a_boxs_to_mask_0() -> 
     left, right = np.zeros((2, 1, 1, 64), np.float32)
     left[..., :32], right[..., 32:] = 1, 1
     targets = np.concatenate([left, right], axis=1)
-    masks = [20 * (2 * mask - 1) for mask in (left, right, right, right)]  # 0 to 3
-    logits = tf.constant(np.concatenate(masks, axis=1))
 
-    def best_iou(is_box: bool, weights: list[float]) -> float:
+    def best_iou(masks: tuple[np.ndarray, ...], is_box: bool, weights: list[float]) -> float:
+        logits = tf.constant(np.concatenate([20 * (2 * mask - 1) for mask in masks], axis=1))
         arguments = (tf.zeros((1, 4)), tf.constant([is_box]), tf.constant(targets), tf.constant([weights]))
         return float(losses.prompt_loss(logits, *arguments, tf.ones((1, 2)))[2])
 
-    assert best_iou(False, [0.0, 1.0]) == pytest.approx(1, abs=1e-4)
-    assert best_iou(False, [1.0, 0.0]) == pytest.approx(0, abs=1e-4)  # mask 0 would fit, but is for boxes
-    assert best_iou(True, [1.0, 0.0]) == pytest.approx(1, abs=1e-4)
-    assert best_iou(True, [0.0, 1.0]) == pytest.approx(0, abs=1e-4)  # mask 0 is the left one
+    masks = (left, right, right, left)  # 0 to 3
+    assert best_iou(masks, False, [1.0, 1.0]) == pytest.approx(1, abs=1e-4)  # masks 3 and 1
+    assert best_iou(masks, True, [1.0, 0.0]) == pytest.approx(1, abs=1e-4)
+    assert best_iou(masks, True, [0.0, 1.0]) == pytest.approx(0, abs=1e-4)  # mask 0 is the left one
+    only_mask_0_fits = (left, right, right, right)  # but it is for boxes
+    assert best_iou(only_mask_0_fits, False, [1.0, 0.0]) == pytest.approx(0, abs=1e-4)
 
 
 def test_predicted_iou_is_that_with_the_best_target_times_its_worth() -> None:

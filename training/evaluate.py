@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import keras
-import keras_hub
 import numpy as np
 import tensorflow as tf
 from PIL import Image
@@ -26,10 +25,10 @@ from scipy import ndimage
 from training.network import predict
 from training.photos import read_photos
 from transforms import rle
-from transforms.embedded import resolve_preset
 from transforms.frame import Upsampling, resized_hw, to_frame, to_frame_points
 from transforms.masks import mask_to_runs
 from transforms.recall import AREA_RANGES
+from transforms.sam import load_backbone
 from transforms.truth import TruthImage, TruthObject
 
 SIZES = {**AREA_RANGES, "over 32x32": (AREA_RANGES["medium"][0], np.inf)}
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             copy = args.copy_to / image.file_name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(args.photos / image.file_name, copy)
-    model = keras_hub.models.SAMImageSegmenter.from_preset(resolve_preset(args.preset), preprocessor=None).backbone
+    model = load_backbone(args.preset)
     answers = [answer for image in images for answer in ask(model, args.photos, image)]
     report = summarize(answers)
     print(f"{len(images)} photos, {len(answers)} objects")

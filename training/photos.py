@@ -88,7 +88,7 @@ def find_regions(pixels: np.ndarray) -> np.ndarray:
 def _load_photo(folder: Path, cache: Path, image: TruthImage) -> Photo:
     with Image.open(folder / image.file_name) as file:
         photo = file.convert("RGB")
-    if (photo.height, photo.width) != tuple(image.size_hw):
+    if (photo.height, photo.width) != image.size_hw:
         raise ValueError(
             f"{folder / image.file_name} is {photo.width}x{photo.height}, its annotations are for"
             f" {image.size_hw[1]}x{image.size_hw[0]}: give the photos they were made for"

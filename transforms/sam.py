@@ -57,18 +57,26 @@ def load_sam(preset: str, dtype: str = "float32") -> Sam:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    return Sam(load_backbone(preset), dtype)
+
+
+def load_backbone(preset: str) -> keras_hub.models.SAMBackbone:
+    """KerasHub's own model of a preset, complete with its mask decoder.
+
+    Raises:
+      ValueError: something that is no SAM preset.
+    """
     source = resolve_preset(preset)
     try:
         check_preset(source)
         # The task, not SAMBackbone: the backbone alone leaves the mask decoder unbuilt and cannot load its weights.
-        backbone = keras_hub.models.SAMImageSegmenter.from_preset(source, preprocessor=None).backbone
+        return keras_hub.models.SAMImageSegmenter.from_preset(source, preprocessor=None).backbone
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"cannot load model {preset}: {first_line}. Expected an embedded model ({', '.join(embedded_presets())}), "
             "the name of a KerasHub SAM preset such as sam_base_sa1b, or the directory or URI of one."
         ) from error
-    return Sam(backbone, dtype)
 
 
 # The classes that SAM presets are made of. Keras would build any that a preset names, among them ones that load pickles
