@@ -63,7 +63,7 @@ def label(*flags: str | Path, load: LoadSam = load_fake) -> int:
     return run_label(job, options, load)
 
 
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[Any] | None = None) -> None:
     """Waits for something to happen, while the process that is to do it runs.
 
     Raises:
