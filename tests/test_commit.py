@@ -285,7 +285,9 @@ def test_attempts_at_a_chunk_differ_in_nothing_but_the_images_file(tmp_path: Pat
 def test_two_processes_race_on_one_chunk_and_one_is_killed_at_random(tmp_path: Path) -> None:
     """Fifty rounds. Whoever is killed when, the chunk that is there after one of them ended is whole and stays."""
     coin = random.Random(0)
-    processes = multiprocessing.get_context("fork")
+    # Forked from a process that has imported everything and has no threads: Arrow's would be missing in a child.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.test_commit"])
     alone = tmp_path / "alone"
     commit_chunk(NEW, str(alone), RUN)
     rows = {kind: pq.read_table(alone / kind).to_pylist() for kind in ("annotations", "candidates", "images")[::2]}

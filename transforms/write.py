@@ -33,6 +33,7 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
+from transforms.parquet_file import open_parquet
 from transforms.records import ChunkReport, LabeledChunk, Seconds, Totals
 from transforms.schema import chunk_to_candidates, chunk_to_tables, report_from_metadata, with_report
 from transforms.source import RETRY_SECONDS, describe_error
@@ -254,7 +255,7 @@ def read_report_file(path: str) -> ChunkReport | None:
     """The report in an images file, None if the file is damaged or gone; only its footer is read."""
     try:
         with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-            return report_from_metadata(pq.read_schema(file).metadata)
+            return report_from_metadata(open_parquet(file).schema_arrow.metadata)
     except (ValueError, KeyError, TypeError):  # pyarrow's errors of broken files are ValueErrors, too
         return None
     except Exception:  # each file system has an error of its own for this
