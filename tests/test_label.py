@@ -379,7 +379,7 @@ def test_ctrl_c_ends_with_one_line_and_keeps_what_is_committed(
     assert process.returncode == 130
     assert error.rstrip().splitlines()[-1].startswith("maskbeam: interrupted. What is committed")
     assert "Traceback" not in error and "KeyboardInterrupt" not in error and "Killed" not in error
-    assert not list(tmp_path.glob("maskbeam-progress-*"))
+    assert not list(tmp_path.glob("maskbeam-*"))
     committed = contents(output / "images")
     assert committed and not (output / "summary.json").exists()
     assert label("--input", tmp_path / "data", "--output", output, "--chunk_size", "2") == 0
@@ -391,7 +391,7 @@ def test_ctrl_c_ends_with_one_line_and_keeps_what_is_committed(
 def test_a_dead_worker_ends_the_run(tmp_path: Path, output: Path) -> None:
     process = start_slowly(tmp_path, "--output", output, *TWO_PROCESSES)
     wait_for(process, lambda: has_committed(output))
-    workers = [int(file.name) for file in tmp_path.glob("maskbeam-progress-*/*")]
+    workers = [int(file.name) for file in tmp_path.glob("maskbeam-*/progress/*")]
     os.kill(workers[0], signal.SIGKILL)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 1
