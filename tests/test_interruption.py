@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import cli
 from pipeline.interruption import describe_interruption, when_interrupted
-from tests.conftest import label, write_photos
+from tests.conftest import EVENT_SECONDS, label, wait_until, write_photos
 
 pytestmark = [
     pytest.mark.processes,
@@ -28,9 +29,6 @@ pytestmark = [
 ROOT = Path(__file__).parents[1]
 TWO_PROCESSES = ("--direct_num_workers", "2", "--direct_running_mode", "multi_processing")
 SIGNALS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
-
-# Far more than it takes, even beside other busy processes.
-PATIENCE_SECONDS = 120
 
 
 class Command:
@@ -51,13 +49,9 @@ class Command:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
-    def wait_for(self, happened: Callable[[], object]) -> None:
+    def wait_for(self, happened: Callable[[], bool]) -> None:
         """Waits until something happened, while the process runs."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not happened():
-            assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(happened, self.process)
 
     def handles_signals(self) -> bool:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -70,14 +64,12 @@ class Command:
     def send(self, number: signal.Signals) -> str:
         """Sends a signal as a terminal does, to all processes; checks the end and returns the last line."""
         os.killpg(self.process.pid, number)
-        _, said = self.process.communicate(timeout=PATIENCE_SECONDS)
+        _, said = self.process.communicate(timeout=EVENT_SECONDS)
         code, word = SIGNALS[number]
         assert self.process.returncode == code, said
         assert not re.search("Traceback|KeyboardInterrupt|Exception|Killed", said), said
         assert said.count("maskbeam: ") == 1 and said.splitlines()[-1].startswith(f"maskbeam: {word}"), said
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while left := living_processes(self.process.pid):  # what was killed takes a moment to be gone
-            assert time.monotonic() < deadline, left
+        wait_until(lambda: not living_processes(self.process.pid))  # what was killed takes a moment to be gone
         assert list(self.temporary.iterdir()) == []
         return said.splitlines()[-1]
 
@@ -97,11 +89,11 @@ def living_processes(session: int) -> list[str]:
 
 @pytest.fixture
 def slow_label(tmp_path: Path) -> Iterator[Callable[..., Command]]:
-    """Starts `maskbeam label` with a model that takes its time; what a failed test leaves is killed."""
+    """Starts `maskbeam label` with a model that waits after the first chunk; what a failed test leaves is killed."""
     commands: list[Command] = []
 
     def begin(*flags: str) -> Command:
-        program = "import sys; from tests import test_label; sys.exit(test_label.slow_main())"
+        program = "import sys; from tests import test_label; sys.exit(test_label.waiting_main())"
         photos = write_photos(tmp_path / "photos", 12)
         arguments = ("label", "--input", photos, "--output", tmp_path / "labels", "--chunk_size", "2")
         command = Command(tmp_path / str(len(commands)), "-c", program, *arguments, "--points_per_side", "2", *flags)
@@ -137,9 +129,7 @@ def test_labeling_ends_at_any_moment(
     for delay in (0.0, 1.5, 4.0):
         command = slow_label(*flags)
         time.sleep(delay)
-        if command.process.poll() is not None:  # it was done
-            break
-        assert command.send(signal.SIGINT)
+        command.send(signal.SIGINT)
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=["Ctrl-C", "SIGTERM"])
@@ -163,8 +153,8 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("interrupted")
     photos = write_photos(directory / "photos", 6)
     assert label("--input", photos, "--output", directory / "labels", "--keep_candidates") == 0
-    program = [sys.executable, "-m", "pipeline", "export", "--labels", directory / "labels", "--output"]
-    subprocess.run([*program, directory / "coco.json", "--format", "coco"], check=True, cwd=ROOT, capture_output=True)
+    flags = ("--labels", directory / "labels", "--output", directory / "coco.json", "--format", "coco")
+    assert cli.main(["export", *map(str, flags)]) == 0
     return directory
 
 
@@ -203,6 +193,7 @@ def test_other_commands_end_in_a_line_and_leave_nothing_half_done(name: str, lab
 PROGRAM = """
 import hashlib, threading, time
 from pathlib import Path
+from pipeline import cli
 from pipeline.interruption import handle_signals, interruptible, when_interrupted
 
 handle_signals()
@@ -265,7 +256,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_main_thread(tmp_path: Path) -> No
     os.kill(command.process.pid, signal.SIGINT)
     assert command.process.stderr.readline() == "maskbeam: interrupted. Look.\n"
     os.kill(command.process.pid, signal.SIGINT)
-    assert command.process.wait(timeout=PATIENCE_SECONDS) == 130
+    assert command.process.wait(timeout=EVENT_SECONDS) == 130
     assert not (tmp_path / "left").exists()
 
 
