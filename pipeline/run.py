@@ -306,8 +306,8 @@ def describe_no_result(totals: Totals) -> str:
     if not totals.images:
         return "nothing was labeled: the input has no images. Check --input."
     return (
-        f"nothing was labeled: all {totals.images} images failed, for the reasons above. Their rows stay. Mend the input, "
-        "and run the same command with --retry_failed."
+        f"nothing was labeled: all {totals.images} images failed for the reasons above. Their rows stay. Mend the input"
+        " and run the same command with --retry_failed."
     )
 
 
