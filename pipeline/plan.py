@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
+
+from apache_beam.io.filesystems import FileSystems
 
 from pipeline.options import UsageError, parse_job
 from pipeline.results import format_some, write_result
@@ -17,10 +19,22 @@ from pipeline.run import EXIT_DONE
 from transforms.amg import AmgConfig
 from transforms.match import InputConfig, Matched, match_shards
 from transforms.parquet_file import open_parquet
-from transforms.plan import Count, Plan, PlanConfig, Sample, ShardEstimate, count_images, make_plan
+from transforms.plan import (
+    Count,
+    Plan,
+    PlanConfig,
+    Sample,
+    ShardEstimate,
+    count_images,
+    make_plan,
+    plural,
+    work_per_image,
+)
 from transforms.read import CHUNK_BYTES, ReadConfig, read_tar, relative_path, tfrecord_records
-from transforms.records import Shard
+from transforms.records import Shard, WorkerTime
 from transforms.source import describe_error, open_file
+from transforms.summary import SUMMARY_FILE, read_json
+from transforms.write import RUN_FILE
 
 # What is read at most: of each format so many shards, spread over the list, and of each of those so many images, or
 # the images that begin in its first bytes. A Parquet file's footer counts its rows, so more of them are read.
@@ -41,10 +55,18 @@ class PlanFlags(PlanConfig):
     """What the run will run on, and where the plan goes.
 
     Attributes:
+      rate_from: directory of labels of the same kind, as `label --limit` makes of a few hundred of the images: what a
+        worker took there gives images_per_second and startup_minutes.
       json: file for the whole plan, on any Beam file system; replaced if it exists.
     """
 
+    rate_from: str | None = None
     json: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rate_from is not None and self.images_per_second is not None:
+            raise ValueError("give either --images_per_second or --rate_from, not both.")
 
 
 @dataclass(frozen=True)
@@ -89,6 +111,31 @@ def parse_plan(argv: list[str]) -> PlanJob:
     return parse_job("plan", PlanJob, argv, _DESCRIPTION, without)
 
 
+def read_rate(labels: str) -> tuple[float, float]:
+    """What a worker took for an earlier run.
+
+    Returns:
+      (images a second on a 32x32 grid without crops, minutes of start-up).
+
+    Raises:
+      UsageError: it is not known.
+    """
+    try:
+        workers = WorkerTime.from_dict(read_json(FileSystems.join(labels, SUMMARY_FILE))["workers"])
+        work = work_per_image(AmgConfig.from_dict(read_json(FileSystems.join(labels, RUN_FILE))["amg"]))
+    except Exception as error:  # each file system has an error of its own, and each old version lacks something else
+        raise UsageError(
+            f"cannot read a rate from --rate_from {labels}: {describe_error(error)}. Give the directory of a finished "
+            "run of `maskbeam label`, or --images_per_second."
+        ) from error
+    if workers.images_per_second is None:
+        raise UsageError(
+            f"the run in --rate_from {labels} labeled too few images for a rate. Label some hundreds, or give "
+            "--images_per_second."
+        )
+    return workers.images_per_second * work, (workers.load_model + workers.compile) / workers.started / 60
+
+
 def run_plan(job: PlanJob) -> int:
     """Makes the plan, prints it and writes it as JSON.
 
@@ -99,10 +146,14 @@ def run_plan(job: PlanJob) -> int:
         matched = match_shards(job.input)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
+    config = job.plan
+    if config.rate_from is not None:
+        rate, startup_minutes = read_rate(config.rate_from)
+        config = replace(config, images_per_second=rate, startup_minutes=startup_minutes, rate_from=None)
     counts, shards = count_input(matched)
-    plan = make_plan(shards, job.plan, job.amg, job.input.chunk_size, CHUNK_BYTES)
+    plan = make_plan(shards, config, job.amg, job.input.chunk_size, CHUNK_BYTES)
     warnings = (*_warn_of_input(matched, counts), *plan.warnings)
-    print(format_plan(plan, counts, warnings, job))
+    print(format_plan(plan, counts, warnings, config))
     if job.plan.json is not None:
         content = {
             "job": asdict(job),
@@ -192,24 +243,37 @@ def _warn_of_input(matched: Matched, counts: Sequence[FormatCount]) -> list[str]
     return warnings
 
 
-def format_plan(plan: Plan, counts: Sequence[FormatCount], warnings: Sequence[str], job: PlanJob) -> str:
+def format_plan(plan: Plan, counts: Sequence[FormatCount], warnings: Sequence[str], config: PlanConfig) -> str:
     """What the command prints."""
     approximate = "" if all(count.exact for count in counts) else "~"
     lines = [_line(f"{count.format} files", count.files, _describe_count(count)) for count in counts]
     lines += [
-        _line("images", f"{approximate}{plan.images:,}", f"in {plan.shards:,} shards, each read by one worker"),
+        _line("images", f"{approximate}{plan.images:,}", f"in {plural(plan.shards, 'shard')}, each read by one worker"),
         _line("work an image", f"{plan.work:.2f}", "1 = a 32x32 grid without crops, as --images_per_second is for"),
-        _line("chunks", f"{approximate}{plan.chunks:,}", f"{approximate}{plan.output_files:,} Parquet files"),
-        _line("output", _bytes(plan.output_bytes), f"if images have {job.plan.masks_per_image:g} masks in the mean"),
-        _line("hours", f"{plan.hours:.2f}", f"of {job.plan.workers:,} workers, if none fails"),
-        _line("  start-up", f"{plan.startup_hours:.2f}"),
-        _line("  labeling, mean worker", f"{plan.mean_hours:.2f}"),
-        _line("  labeling, slowest worker", f"{plan.slowest_hours:.2f}", "if the largest shards are read first"),
-        _line("cost", f"{plan.cost:,.2f}"),
-        _line("  start-up", f"{plan.startup_cost:,.2f}"),
-        _line("  waiting for the slowest", f"{plan.waiting_cost:,.2f}"),
+        _line("chunks", f"{approximate}{plan.chunks:,}", f"{approximate}{plural(plan.output_files, 'Parquet file')}"),
+        _line("output", _bytes(plan.output_bytes), f"with {config.masks_per_image:g} masks per image"),
+        *_format_hours(plan, config),
     ]
     return "\n".join([*lines, *(f"warning: {warning}" for warning in warnings)])
+
+
+def _format_hours(plan: Plan, config: PlanConfig) -> list[str]:
+    if plan.hours is None:
+        return ["hours and cost: give --rate_from (labels of some of the images) or --images_per_second, and --workers"]
+    lines = [
+        _line("hours", f"{plan.hours.total:.2f}", f"of {plural(config.workers, 'worker')}, if none fails"),
+        _line("  start-up", f"{plan.hours.startup:.2f}"),
+        _line("  labeling, mean worker", f"{plan.hours.mean:.2f}", f"at {config.images_per_second:.4g} images/s"),
+        _line("  labeling, slowest worker", f"{plan.hours.slowest:.2f}", "if the largest shards are read first"),
+    ]
+    if plan.cost is None:
+        return [*lines, "cost: give --price_per_hour"]
+    return [
+        *lines,
+        _line("cost", f"{plan.cost.total:,.2f}"),
+        _line("  start-up", f"{plan.cost.startup:,.2f}"),
+        _line("  waiting for the slowest", f"{plan.cost.waiting:,.2f}"),
+    ]
 
 
 def _line(name: str, value: str | int, note: str = "") -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,7 +19,7 @@ import time
 import traceback
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,6 +40,7 @@ from pipeline.remote import JobFailed, prepare, run_elsewhere
 from pipeline.results import escape_controls, format_some
 from pipeline.starts import announce_start, withdraw_start
 from transforms.match import Matched, check_output, match_shards
+from transforms.outage import StoreUnavailable
 from transforms.records import ChunkReport, Shard, Totals
 from transforms.resume import InputChanged, check_directories, committed_chunks, count_orphans, finished_reports
 from transforms.segment import LoadSam, ModelBroken, load_model, use_backend
@@ -56,7 +58,10 @@ _POLL_SECONDS = 0.2
 PROGRESS_DIR = "progress"
 
 # These say all there is to say; for others the stack trace is shown, too.
-_EXPECTED_ERRORS = (InputChanged, JobFailed, ModelBroken, RunReplaced, TooManyFailures, OSError)
+_EXPECTED_ERRORS = (InputChanged, JobFailed, ModelBroken, RunReplaced, StoreUnavailable, TooManyFailures, OSError)
+
+# Beam's text of a BeamIOError: "Rename operation failed with exceptions {(from, to): error}".
+_BEAM_DETAILS = re.compile(r" with exceptions \{(?:\('.*', |)'(.*?)'\)?: (.*)\}$")
 
 # Footers of committed chunks that are read at the same time: on object stores it is waiting that takes the time.
 _FOOTER_THREADS = 16
@@ -132,11 +137,20 @@ def _label(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """How the pipeline ended: images done by this start and the wall time, None where not known."""
+    """How the pipeline ended.
+
+    Attributes:
+      images: done by this start; None where not known.
+      seconds: of wall time.
+      pace: (images, seconds) without the start-up; None where not known.
+      start_up: seconds, by what they were spent on.
+    """
 
     error: BaseException | None
     images: int | None = None
     seconds: float = 0.0
+    pace: tuple[int, float] | None = None
+    start_up: dict[str, float] = field(default_factory=dict)
 
 
 def _run_remotely(job: Job, options: PipelineOptions, run: dict[str, Any], load: LoadSam) -> _Outcome:
@@ -233,6 +247,7 @@ def _run_here(
                     progress.close()
                     _give_up(directory, dead_workers[0])
             progress.close()
+            pace = progress.pace
             shutil.rmtree(directory, ignore_errors=True)
         except BaseException:
             _stop_workers(directory)
@@ -240,7 +255,8 @@ def _run_here(
         finally:
             tempfile.tempdir = previous_tempdir
             threading.excepthook = previous_hook
-    return _Outcome(errors[0] if errors else None, progress.images, time.monotonic() - start)
+    error = errors[0] if errors else None
+    return _Outcome(error, progress.images, time.monotonic() - start, pace, progress.start_up)
 
 
 def _give_up(directory: Path, error: BaseException) -> NoReturn:
@@ -285,12 +301,17 @@ def _make_progress(job: Job, matched: Matched, done: Totals, progress_dir: Path)
 
 def _expected(error: BaseException) -> tuple[bool, str]:
     """Whether the message says all there is to say, and the message."""
+    if isinstance(error, BeamIOError):
+        return True, describe_error(error).partition(" [while running ")[0]
     message = _last_line(error)
     if isinstance(error, _EXPECTED_ERRORS):
         return True, message
     # What fails in a worker process comes as text, a stack trace with the error in its last line.
     name, _, rest = message.partition(": ")
-    if type(error) is RuntimeError and name.rpartition(".")[2] in {kind.__name__ for kind in _EXPECTED_ERRORS}:
+    kind = name.rpartition(".")[2]
+    if type(error) is RuntimeError and kind == BeamIOError.__name__:
+        return True, _BEAM_DETAILS.sub(r"\1: \2", rest)
+    if type(error) is RuntimeError and kind in {kind.__name__ for kind in _EXPECTED_ERRORS}:
         return True, rest
     return False, message
 
@@ -326,9 +347,26 @@ def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output:
         f"{totals.masks} masks of {totals.candidates} candidates" + (f" (dropped: {dropped})" if dropped else "")
     )
     if outcome.images:
-        lines.append(f"{outcome.images / outcome.seconds:.2f} images/s ({outcome.images} in {outcome.seconds:.1f} s)")
+        lines.append(_describe_pace(outcome))
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in vars(totals.seconds).items())
     lines.append(f"seconds in {seconds}")
     directory = output.rstrip("/")
     lines.append(f"labels: {directory}/annotations/*.parquet, {directory}/images/*.parquet")
     return "\n".join(lines)
+
+
+def _describe_pace(outcome: _Outcome) -> str:
+    """The rate without the start-up, and the start-up by itself.
+
+    >>> _describe_pace(_Outcome(None, 20, 30.0, (19, 19.5), {"starting": 1.5, "loading model": 9.0}))
+    '0.97 images/s (19 in 19.5 s), after 10.5 s of start-up (starting 1.5, loading model 9.0)'
+    """
+    if outcome.pace is None:
+        return f"{outcome.images} images in {outcome.seconds:.1f} s, the runner's start-up included"
+    images, seconds = outcome.pace
+    if images and seconds:
+        rate = f"{images / seconds:.2f} images/s ({images} in {seconds:.1f} s)"
+    else:
+        rate = f"{outcome.images} image{'s' * (outcome.images != 1)} in {outcome.seconds:.1f} s, too few for a rate"
+    parts = ", ".join(f"{state} {spent:.1f}" for state, spent in outcome.start_up.items())
+    return f"{rate}, after {sum(outcome.start_up.values()):.1f} s of start-up ({parts})"

@@ -6,8 +6,10 @@ import gzip
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from transforms.plan import (
     schedule,
     work_per_image,
 )
-from transforms.records import SourceFile
+from transforms.records import SourceFile, WorkerTime
 from transforms.source import open_file
 
 # 36 seconds an image: 100 images take a worker an hour.
@@ -141,16 +143,17 @@ def test_the_plan_by_hand() -> None:
     assert made.chunks == 4 + 2 + 2 and made.output_files == 16
     assert made.output_bytes == 210 * (BYTES_PER_IMAGE + 10 * BYTES_PER_MASK) + 8 * BYTES_PER_CHUNK
     # One worker has 100 images, the other 60 + 50: 1 and 1.1 hours.
-    assert (made.startup_hours, made.mean_hours, made.slowest_hours) == pytest.approx((0.1, 1.05, 1.1))
-    assert made.hours == pytest.approx(1.2)
+    hours, cost = made.hours, made.cost
+    assert hours is not None and cost is not None
+    assert (hours.startup, hours.mean, hours.slowest, hours.total) == pytest.approx((0.1, 1.05, 1.1, 1.2))
     # Two workers of 3 an hour.
-    assert (made.cost, made.startup_cost, made.waiting_cost) == pytest.approx((7.2, 0.6, 0.3))
+    assert (cost.total, cost.startup, cost.waiting) == pytest.approx((7.2, 0.6, 0.3))
     assert made.warnings == ()
 
 
 def test_crops_take_longer() -> None:
     made = make_plan(shards_of(100, 100), CONFIG, AmgConfig(crop_n_layers=1), 32, 10**6)
-    assert made.slowest_hours == pytest.approx(5)
+    assert made.hours is not None and made.hours.slowest == pytest.approx(5)
 
 
 def test_a_chunk_also_closes_at_its_bytes() -> None:
@@ -309,9 +312,69 @@ def test_neither_keras_nor_tensorflow_is_loaded(mixed: Path) -> None:
     assert "pipeline.plan" in loaded and not {"keras", "tensorflow"} & set(loaded)
 
 
+def test_images_are_counted_without_any_rate(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--input", str(mixed), "--json", str(tmp_path / "plan.json")]) == 0
+    printed = capsys.readouterr().out
+    # Of the broken shard an image is whole, and a row says where it breaks off: 6 + 5 + 4 + 3 + 2.
+    assert re.search(r"^images +20 +in 5 shards", printed, re.MULTILINE), printed
+    assert "hours and cost: give --rate_from" in printed and "workers, if" not in printed
+    planned = json.loads((tmp_path / "plan.json").read_text())
+    assert (planned["images"], planned["hours"], planned["cost"]) == (20, None, None)
+
+
+def test_one_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_photos(tmp_path, 1)
+    assert cli.main(["plan", "--input", str(tmp_path), "--images_per_second", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "in 1 shard, each" in printed and "of 1 worker, if" in printed and "cost: give --price_per_hour" in printed
+
+
+def leave_summary(labels: Path, workers: dict[str, Any], **amg: Any) -> Path:
+    labels.mkdir()
+    (labels / "summary.json").write_text(json.dumps({"workers": workers}))
+    (labels / "run.json").write_text(json.dumps({"amg": asdict(AmgConfig(**amg))}))
+    return labels
+
+
+def test_a_rate_is_read_from_labels(tmp_path: Path, photos: Path) -> None:
+    """Two workers took 50 s for 20 images on five crops: 0.4 images/s each, five times that on one crop."""
+    workers = WorkerTime(load_model=20.0, compile=40.0, label=50.0, images=20, started=2).to_dict()
+    labels = leave_summary(tmp_path / "labels", workers, crop_n_layers=1)
+    assert plan.read_rate(str(labels)) == pytest.approx((2.0, 0.5))
+    flags = ["--input", str(photos), "--rate_from", str(labels), "--json", str(tmp_path / "plan.json")]
+    assert cli.main(["plan", *flags]) == 0
+    hours = json.loads((tmp_path / "plan.json").read_text())["hours"]
+    # Six photos at 2 images/s are 3 s; 30 s of start-up come once.
+    assert hours["total"] == pytest.approx(33 / 3600) and hours["startup"] == pytest.approx(30 / 3600)
+
+
+def test_the_rate_of_a_real_run_is_read(photos: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert label("--input", photos, "--output", output) == 0
+    assert cli.main(["plan", "--input", str(photos), "--rate_from", str(output)]) == 0
+    assert "labeling, mean worker" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("workers", "message"),
+    [
+        (None, "cannot read a rate from --rate_from .*: KeyError: 'workers'. Give the directory of a finished run"),
+        ({"images": 0, "label": 0.1}, "labeled too few images for a rate"),
+    ],
+)
+def test_labels_without_a_rate_are_told(workers: dict[str, Any] | None, message: str, tmp_path: Path) -> None:
+    labels = leave_summary(tmp_path / "labels", workers or {})
+    if workers is None:
+        (labels / "summary.json").write_text("{}")
+    with pytest.raises(UsageError, match=message):
+        plan.read_rate(str(labels))
+    with pytest.raises(UsageError, match="cannot read a rate"):
+        plan.read_rate(str(tmp_path / "nowhere"))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--input", ".", "--rate_from", "labels"], "give either --images_per_second or --rate_from"),
         (["--input", "nowhere"], "matches no file"),
         (["--input", ".", "--workers", "0"], "workers is 0; expected at least 1"),
         (["--input", ".", "--images_per_second", "0"], "images_per_second is 0.0; expected more than 0"),

@@ -20,9 +20,10 @@ from PIL import Image
 from pipeline.identity import default_backend
 from tests.conftest import photo_bytes
 from tests.fakes import FakeSam, FakeScored
+from transforms import segment
 from transforms.amg import AmgConfig
 from transforms.images import ImageConfig
-from transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Shard
+from transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Shard, WorkerTime
 from transforms.segment import (
     GenerateMasks,
     ModelBroken,
@@ -410,3 +411,39 @@ def test_images_that_were_tried_again_for_want_of_memory_are_counted(label: Labe
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got int8"):
         ModelConfig(dtype="int8")
+
+
+def test_start_up_has_no_part_in_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(segment, "time", clock)
+    told: list[int] = []
+    start_up = segment.StartUp(told.append)
+    clock.now = 9.0
+    start_up.loaded()
+    clock.now = 11.0  # reading
+    start_up.embeds()
+    clock.now = 18.0  # with the first image, the model is compiled
+    for _ in range(3):
+        start_up.embeds()
+    clock.now = 24.0
+    assert start_up.finish_chunk(4) == WorkerTime(load_model=9.0, compile=7.0, label=6.0, images=3, started=1)
+    assert told == [segment.LOADING, segment.READING, segment.COMPILING, segment.READY]
+    clock.now = 30.0
+    assert start_up.finish_chunk(4) == WorkerTime(label=6.0, images=4)
+    clock.now = 100.0  # no work for the worker
+    start_up.begin_bundle()
+    clock.now = 102.0
+    assert start_up.finish_chunk(1) == WorkerTime(label=2.0, images=1)
+
+
+def test_a_single_image_says_nothing_of_the_pace() -> None:
+    start_up = segment.StartUp()
+    start_up.loaded()
+    start_up.embeds()
+    assert start_up.finish_chunk(1).images_per_second is None

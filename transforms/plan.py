@@ -33,28 +33,29 @@ class PlanConfig:
     """What the run will run on.
 
     Attributes:
-      images_per_second: what one worker labels with a 32x32 grid and no crops: `label` prints it at the end of a run
-        on a sample of the images. Other grids and crops are counted from there.
+      images_per_second: what one worker labels with a 32x32 grid and no crops, its start-up apart; other grids and
+        crops are counted from there. Without it, no hours are planned.
       workers: workers that label at the same time.
-      price_per_hour: of one worker, in any currency.
-      masks_per_image: masks that an image has in the mean. SA-1B's 11 million images have 1.1 billion.
+      price_per_hour: of one worker, in any currency. Without it, no cost is planned.
+      masks_per_image: mean number of masks of an image. SA-1B's 11 million images have 1.1 billion.
       startup_minutes: until a worker labels its first image: it boots, fetches its image, loads and compiles the model.
     """
 
-    images_per_second: float
-    workers: int
-    price_per_hour: float
+    images_per_second: float | None = None
+    workers: int = 1
+    price_per_hour: float | None = None
     masks_per_image: float = 100.0
     startup_minutes: float = 5.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.images_per_second < math.inf:
+        if self.images_per_second is not None and not 0 < self.images_per_second < math.inf:
             raise ValueError(f"images_per_second is {self.images_per_second}; expected more than 0.")
         if self.workers < 1:
             raise ValueError(f"workers is {self.workers}; expected at least 1.")
         for name in ("price_per_hour", "masks_per_image", "startup_minutes"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more.")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; expected 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,15 @@ def work_per_image(config: AmgConfig) -> float:
     return max(crops / standard_crops, prompts / standard_prompts)
 
 
+def plural(count: int, noun: str) -> str:
+    """A number of things.
+
+    >>> plural(1, "shard"), plural(2000, "shard")
+    ('1 shard', '2,000 shards')
+    """
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def count_work(config: AmgConfig) -> tuple[int, int]:
     """Crops and prompts of an image: layer i has (2^i)^2 crops, each with the layer's grid.
 
@@ -184,16 +194,34 @@ class ShardEstimate:
 
 
 @dataclass(frozen=True)
+class Hours:
+    """Wall time until the slowest worker ends: its start-up, then its labeling; mean is what the mean worker labels."""
+
+    total: float
+    startup: float
+    mean: float
+    slowest: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of all workers until the slowest one ends, in the currency of price_per_hour; startup and waiting are parts."""
+
+    total: float
+    startup: float
+    waiting: float
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What a run will take. Hours are of wall time, costs in the currency of price_per_hour.
+    """What a run will take.
 
     Attributes:
       images: estimated.
       chunks: each is an annotations and an images file.
       work: see work_per_image.
-      startup_hours: before the first image.
-      mean_hours, slowest_hours: that a worker labels: in the mean of all workers, and the one that ends last.
-      cost: of all workers until the slowest one ends; startup_cost and waiting_cost are parts of it.
+      hours: None without a rate.
+      cost: None without a rate or a price.
       warnings: where the plan will hurt, and what to do.
     """
 
@@ -203,13 +231,8 @@ class Plan:
     output_files: int
     output_bytes: int
     work: float
-    startup_hours: float
-    mean_hours: float
-    slowest_hours: float
-    hours: float
-    cost: float
-    startup_cost: float
-    waiting_cost: float
+    hours: Hours | None
+    cost: Cost | None
     warnings: tuple[str, ...]
 
 
@@ -224,10 +247,7 @@ def make_plan(
     work = work_per_image(amg)
     images = sum(shard.images for shard in shards)
     chunks = sum(_count_chunks(shard, chunk_size, chunk_bytes) for shard in shards)
-    hours_per_image = work / config.images_per_second / 3600
-    loads = schedule([shard.images * hours_per_image for shard in shards], config.workers)
-    mean_hours, slowest_hours, startup_hours = fmean(loads), loads[-1], config.startup_minutes / 60
-    price = config.workers * config.price_per_hour
+    hours = _plan_hours(shards, config, work)
     return Plan(
         shards=len(shards),
         images=round(images),
@@ -237,18 +257,29 @@ def make_plan(
             images * (BYTES_PER_IMAGE + config.masks_per_image * BYTES_PER_MASK) + chunks * BYTES_PER_CHUNK
         ),
         work=work,
-        startup_hours=startup_hours,
-        mean_hours=mean_hours,
-        slowest_hours=slowest_hours,
-        hours=startup_hours + slowest_hours,
-        cost=price * (startup_hours + slowest_hours),
-        startup_cost=price * startup_hours,
-        waiting_cost=price * (slowest_hours - mean_hours),
+        hours=hours,
+        cost=_plan_cost(hours, config),
         warnings=(
             *_warn_of_workers(shards, config.workers, images),
             *_warn_of_files(shards, chunks, images, chunk_size, chunk_bytes),
         ),
     )
+
+
+def _plan_hours(shards: Sequence[ShardEstimate], config: PlanConfig, work: float) -> Hours | None:
+    if config.images_per_second is None:
+        return None
+    hours_per_image = work / config.images_per_second / 3600
+    loads = schedule([shard.images * hours_per_image for shard in shards], config.workers)
+    startup = config.startup_minutes / 60
+    return Hours(startup + loads[-1], startup, fmean(loads), loads[-1])
+
+
+def _plan_cost(hours: Hours | None, config: PlanConfig) -> Cost | None:
+    if hours is None or config.price_per_hour is None:
+        return None
+    price = config.workers * config.price_per_hour
+    return Cost(price * hours.total, price * hours.startup, price * (hours.slowest - hours.mean))
 
 
 def _count_chunks(shard: ShardEstimate, chunk_size: int, chunk_bytes: int) -> int:
@@ -259,8 +290,8 @@ def _warn_of_workers(shards: Sequence[ShardEstimate], workers: int, images: floa
     warnings = []
     if workers > len(shards):
         warnings.append(
-            f"{workers} workers for {len(shards)} shards: a shard is read by one worker, so {workers - len(shards)} "
-            f"will have nothing to do. Use fewer workers, or split the input into {SHARDS_PER_WORKER * workers} shards."
+            f"{workers} workers for {plural(len(shards), 'shard')}: a shard is read by one worker, so "
+            f"{workers - len(shards)} will have nothing to do. Use fewer workers, or split the input into {SHARDS_PER_WORKER * workers} shards."
         )
     loads = schedule([shard.images for shard in shards], min(workers, len(shards)))
     if loads[-1] > _SLOWEST_TO_MEAN * fmean(loads):

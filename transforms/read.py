@@ -19,6 +19,7 @@ import google_crc32c
 import pyarrow as pa
 
 from transforms.images import has_image_extension
+from transforms.outage import StoreUnavailable, is_out
 from transforms.parquet_file import open_parquet
 from transforms.records import Chunk, EncodedImage, Failure, Shard, SourceFile, printable
 from transforms.source import (
@@ -195,6 +196,8 @@ def read_loose(file: SourceFile) -> Sample:
     try:
         with open_file(file) as source:
             data = read_up_to(source, MAX_IMAGE_BYTES + 1)
+    except StoreUnavailable:  # no fault of the image
+        raise
     except OSError as error:
         return Sample(file_name=name, reason=str(error))
     return Sample(data, file_name=name) if len(data) <= MAX_IMAGE_BYTES else too_large
@@ -218,6 +221,7 @@ def read_container(file: SourceFile, reader: Reader, config: ReadConfig) -> Iter
     except ImportError:  # a fault of the installation, not of the file
         raise
     except Exception as error:  # parsers raise all sorts of things on broken bytes; none may end the job
+        is_out(file.path)  # then it is no fault of the shard
         begins = f"; the file begins with {head!r}" if head and none_yet else ""
         yield Sample(reason=f"the shard breaks off here: {describe_error(error)}{begins}")
 

@@ -199,6 +199,41 @@ class Seconds:
 
 
 @dataclass(frozen=True)
+class WorkerTime:
+    """Wall time of worker processes in seconds, summed over them, so that it gives the pace of one.
+
+    Attributes:
+      load_model, compile: until the first image (with crops: its first crop) was through the model; it is included.
+      label: everything else, reading and writing included.
+      images: labeled in that time.
+      started: worker processes.
+    """
+
+    load_model: float = 0.0
+    compile: float = 0.0
+    label: float = 0.0
+    images: int = 0
+    started: int = 0
+
+    def __add__(self, other: WorkerTime) -> WorkerTime:
+        return WorkerTime(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Of one worker, without its start-up; None if that was all it did."""
+        return self.images / self.label if self.images and self.label else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "images_per_second": self.images_per_second}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> WorkerTime:
+        """Inverse of to_dict."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+
+
+@dataclass(frozen=True)
 class LabeledImage:
     """What became of one image: masks in the reference's order, or a failure.
 
@@ -237,6 +272,7 @@ class LabeledChunk:
 
     Attributes:
       keep_candidates: whether the images' candidates are stored.
+      workers: what the chunk took, and the start-up of its process if it is the first one.
     """
 
     shard: Shard
@@ -245,6 +281,7 @@ class LabeledChunk:
     final: bool
     digest: str
     keep_candidates: bool = False
+    workers: WorkerTime = WorkerTime()
 
     def totals(self) -> Totals:
         """Sums over the chunk's images."""
@@ -259,6 +296,7 @@ class LabeledChunk:
             candidates=sum(image.num_candidates for image in self.images),
             dropped=sum((image.dropped for image in self.images), Dropped()),
             seconds=sum((image.seconds for image in self.images), Seconds()),
+            workers=self.workers,
             failures=tuple(
                 f"{image.source.image_id}: {image.failure.stage}: {image.failure.reason}"
                 for image in failed[:MAX_FAILURES_SHOWN]
@@ -284,6 +322,7 @@ class Totals:
     candidates: int = 0
     dropped: Dropped = Dropped()
     seconds: Seconds = Seconds()
+    workers: WorkerTime = WorkerTime()
     failures: tuple[str, ...] = ()
 
     def __add__(self, other: Totals) -> Totals:
@@ -293,7 +332,7 @@ class Totals:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return {**asdict(self), "workers": self.workers.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Totals:
@@ -303,6 +342,7 @@ class Totals:
                 **values,
                 "dropped": Dropped(**values["dropped"]),
                 "seconds": Seconds(**values["seconds"]),
+                "workers": WorkerTime.from_dict(values.get("workers", {})),
                 "failures": tuple(values["failures"]),
             }
         )

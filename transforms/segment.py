@@ -21,15 +21,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import apache_beam as beam
+import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
 from transforms.amg import DTYPES, AmgConfig, Crop, ImageMasks, Sam, prepare_crops, propose_image, select_masks
 from transforms.cache import local_preset
 from transforms.images import ImageConfig, ImageError, decode_image
-from transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Seconds
+from transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Seconds, WorkerTime
 from transforms.source import describe_error
 from transforms.threads import host_threads
 
@@ -43,8 +45,9 @@ _MAX_MODEL_FAILURES_IN_A_ROW = 3
 # How XLA and CUDA say that the device's memory ran out.
 _OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|CUDA_ERROR_OUT_OF_MEMORY")
 
-# What a process appends to its progress file for each image: the encoded bytes.
-PROGRESS_RECORD = struct.Struct("<Q")
+# What a process appends to its progress file when it begins something: a state; for each image: the encoded bytes.
+PROGRESS_RECORD = struct.Struct("<BQ")
+LOADING, READING, COMPILING, READY, IMAGE = range(5)
 
 # The device's memory is taken as it is needed: by default each backend takes (nearly) all of it as it starts, so that a
 # second process on the device, or the other backend, would find none.
@@ -317,11 +320,83 @@ def _generate(sam: Sam, decoded: _Decoded, config: AmgConfig, threads: ThreadPoo
     return threads.submit(select_masks, selected, decoded.labeled.size_hw, config, seconds)
 
 
+class StartUp:
+    """A model's way from loading to its pace, and the wall time of all that. A process has one.
+
+    Nothing says when a model is compiled. But when it is given the second image (or crop), the first is through.
+    """
+
+    def __init__(self, tell: Callable[[int], None] = lambda state: None) -> None:
+        """
+        Args:
+          tell: called with LOADING, READING, COMPILING and READY as they begin.
+        """
+        self._tell = tell
+        self._embeds = 0
+        self._since = time.perf_counter()
+        self._time = WorkerTime()
+        tell(LOADING)
+
+    def loaded(self) -> None:
+        """The model is there."""
+        self._time = WorkerTime(load_model=self._lap(), started=1)
+        self._tell(READING)
+
+    def embeds(self) -> None:
+        """The model is given an image or a crop."""
+        self._embeds += 1
+        if self._embeds == 1:
+            self._lap()
+            self._tell(COMPILING)
+        elif self._embeds == 2:
+            self._through()
+
+    def begin_bundle(self) -> None:
+        """What came before was waiting for work."""
+        self._lap()
+
+    def finish_chunk(self, images: int) -> WorkerTime:
+        """The time since the last chunk, or since the process began."""
+        if self._embeds == 1:
+            self._embeds += 1
+            self._through()
+        time_taken = self._time + WorkerTime(label=self._lap(), images=images)
+        self._time = WorkerTime()
+        return time_taken
+
+    def _through(self) -> None:
+        # The first image has no part in the pace: how much of its time was compiling is not known.
+        self._time += WorkerTime(compile=self._lap(), images=-1)
+        self._tell(READY)
+
+    def _lap(self) -> float:
+        before, self._since = self._since, time.perf_counter()
+        return self._since - before
+
+
+class _WatchedSam:
+    """A model that says when it is given something."""
+
+    def __init__(self, sam: Sam, start_up: StartUp) -> None:
+        self.frame_size = sam.frame_size
+        self.low_size = sam.low_size
+        self.score = sam.score
+        self.low_res_logits = sam.low_res_logits
+        self._embed = sam.embed
+        self._start_up = start_up
+
+    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> Any:
+        self._start_up.embeds()
+        return self._embed(frame, resized_hw)
+
+
 class _SharedModel:
     """One model a process; the lock is a guard for runners with several bundle threads."""
 
-    def __init__(self, sam: Sam) -> None:
-        self.sam = sam
+    def __init__(self, load: Callable[[], Sam], tell: Callable[[int], None]) -> None:
+        self.start_up = StartUp(tell)
+        self.sam = _WatchedSam(load(), self.start_up)
+        self.start_up.loaded()
         self.lock = threading.Lock()
         self.health = ModelHealth()
 
@@ -377,8 +452,11 @@ class _GenerateMasksFn(beam.DoFn):
         self._progress = open_progress(self._progress_dir)
         if self._progress is not None:  # a local worker process tells its life's story at INFO
             logging.getLogger("apache_beam.runners.worker").setLevel(logging.WARNING)
-        self._model = self._shared.acquire(lambda: _SharedModel(self._load(self._model_config)))
+        self._model = self._shared.acquire(lambda: _SharedModel(lambda: self._load(self._model_config), self._tell))
         self._threads = host_threads()
+
+    def start_bundle(self) -> None:
+        self._model.start_up.begin_bundle()
 
     def teardown(self) -> None:
         self._threads.shutdown()
@@ -397,14 +475,18 @@ class _GenerateMasksFn(beam.DoFn):
                 self._model.health,
                 image_done=self._image_done,
             )
+            labeled = replace(labeled, workers=self._model.start_up.finish_chunk(len(labeled.images)))
             out_of_memory = self._model.health.out_of_memory - out_of_memory
         if out_of_memory:
             Metrics.counter("maskbeam", "out_of_memory").inc(out_of_memory)
         yield labeled
 
     def _image_done(self, image: LabeledImage) -> None:
+        self._tell(IMAGE, image.num_bytes)
+
+    def _tell(self, state: int, num_bytes: int = 0) -> None:
         if self._progress is not None:
-            os.write(self._progress, PROGRESS_RECORD.pack(image.num_bytes))
+            os.write(self._progress, PROGRESS_RECORD.pack(state, num_bytes))
 
 
 def use_backend(backend: str) -> None:
@@ -428,7 +510,7 @@ def use_backend(backend: str) -> None:
 
 
 def open_progress(progress_dir: str | None) -> int | None:
-    """The process's own progress file, named by its id: one PROGRESS_RECORD an image."""
+    """The process's own progress file, named by its id: a PROGRESS_RECORD for each state and each image."""
     if progress_dir is None:
         return None
     return os.open(os.path.join(progress_dir, str(os.getpid())), os.O_WRONLY | os.O_CREAT | os.O_APPEND)

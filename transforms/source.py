@@ -16,11 +16,15 @@ import pyarrow as pa
 from apache_beam.io.filesystem import BeamIOError, CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-import transforms.s3  # noqa: F401  # one client for all files
+import transforms.gs  # deadlines
+import transforms.s3  # noqa: F401  # one client for all files, and deadlines
+from transforms.outage import StoreUnavailable, is_out
 from transforms.records import SourceFile
 
 # Waits between the tries of a file system, in seconds.
 RETRY_SECONDS = (0.2, 1.0)
+# While an object store does not answer at all.
+OUT_SECONDS = 1.0
 BUFFER_BYTES = 2**20
 
 # Real shards hold images, which hardly compress. What inflates to more than the first bytes for free and then so many
@@ -42,10 +46,12 @@ def describe_error(error: Exception) -> str:
         ((where, cause), *_) = error.exception_details.items()
         where = where if isinstance(where, str) else where[-1]
         return f"{where}: {describe_error(cause)}"
-    kind, message = type(error).__name__, str(error).strip().partition("\n")[0]
+    kind = type(error).__name__
+    # Beam's error of S3 is a pair for str().
+    message = str(getattr(error, "message", None) or error).strip().partition("\n")[0]
     if not message:
         return kind
-    return message if type(error) is ValueError else f"{kind}: {message}"
+    return message if type(error) in (ValueError, StoreUnavailable) else f"{kind}: {message}"
 
 
 class _RetriedFile(io.RawIOBase):
@@ -53,6 +59,7 @@ class _RetriedFile(io.RawIOBase):
 
     Raises:
       OSError: the last try failed, whatever the file system itself raised.
+      StoreUnavailable: an object store does not answer.
     """
 
     def __init__(self, file: SourceFile) -> None:
@@ -75,7 +82,8 @@ class _RetriedFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        for seconds in (*RETRY_SECONDS, None):
+        waits = list(RETRY_SECONDS)
+        while True:
             try:
                 data = self._read(len(buffer))
                 break
@@ -83,9 +91,12 @@ class _RetriedFile(io.RawIOBase):
                 raise
             except Exception as error:
                 self._drop()
-                if seconds is None:
+                if is_out(self._source.path):  # not the file's fault; not for ever
+                    time.sleep(OUT_SECONDS)
+                elif waits:
+                    time.sleep(waits.pop(0))
+                else:
                     raise OSError(f"reading failed {len(RETRY_SECONDS) + 1} times: {describe_error(error)}") from error
-                time.sleep(seconds)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
