@@ -395,7 +395,7 @@ def has_committed(output: Path) -> bool:
 
 def worker_pids(tmp_path: Path) -> list[int]:
     """The processes that label, of a command that has its temporary files in tmp_path."""
-    return [int(file.name) for file in tmp_path.glob("maskbeam-progress-*/*")]
+    return [int(file.name) for file in tmp_path.glob("maskbeam-*/progress/*")]
 
 
 def is_alive(pid: int) -> bool:
@@ -419,7 +419,7 @@ def test_ctrl_c_ends_with_one_line_and_keeps_what_is_committed(
     assert process.returncode == 130
     assert error.rstrip().splitlines()[-1].startswith("maskbeam: interrupted. What is committed")
     assert "Traceback" not in error and "KeyboardInterrupt" not in error and "Killed" not in error
-    assert not list(tmp_path.glob("maskbeam-progress-*"))
+    assert not list(tmp_path.glob("maskbeam-*"))
     committed = contents(output / "images")
     assert committed and not (output / "summary.json").exists()
     assert label("--input", tmp_path / "data", "--output", output, "--chunk_size", "2") == 0
