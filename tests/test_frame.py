@@ -116,7 +116,7 @@ def test_to_frame_points(
 def test_pixels_are_averages_of_at_most_four_low_res_logits_an_axis(size_hw: tuple[int, int]) -> None:
     upsampling = Upsampling.build(size_hw, LOW, FRAME)
     for axis, n_out in zip((upsampling.y, upsampling.x), size_hw, strict=True):
-        assert axis.matrix.shape == (n_out, LOW)
+        assert axis.matrix is not None and axis.matrix.shape == (n_out, LOW)
         assert axis.matrix.min() >= 0
         np.testing.assert_allclose(axis.matrix.sum(axis=1), 1, rtol=0, atol=1e-6)
         assert np.count_nonzero(axis.matrix, axis=1).max() <= 4
@@ -126,6 +126,7 @@ def test_pixels_are_averages_of_at_most_four_low_res_logits_an_axis(size_hw: tup
 def test_support_and_reach_enclose_the_weights(size_hw: tuple[int, int]) -> None:
     upsampling = Upsampling.build(size_hw, LOW, FRAME)
     for axis, n_out in zip((upsampling.y, upsampling.x), size_hw, strict=True):
+        assert axis.matrix is not None
         for first in range(n_out):
             for last in {first, n_out - 1}:
                 outside = np.ones(LOW, bool)
