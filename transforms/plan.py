@@ -291,7 +291,8 @@ def _warn_of_workers(shards: Sequence[ShardEstimate], workers: int, images: floa
     if workers > len(shards):
         warnings.append(
             f"{workers} workers for {plural(len(shards), 'shard')}: a shard is read by one worker, so "
-            f"{workers - len(shards)} will have nothing to do. Use fewer workers, or split the input into {SHARDS_PER_WORKER * workers} shards."
+            f"{workers - len(shards)} will have nothing to do. Use fewer workers, or split the "
+            f"input into {SHARDS_PER_WORKER * workers} shards."
         )
     loads = schedule([shard.images for shard in shards], min(workers, len(shards)))
     if loads[-1] > _SLOWEST_TO_MEAN * fmean(loads):
