@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -455,7 +454,10 @@ def test_each_image_is_recorded_for_the_progress_bar(tmp_path: Path) -> None:
         pipeline | generate(*CHUNKS, progress_dir=str(tmp_path))
     (file,) = tmp_path.iterdir()
     sizes = sorted(len(image.data) for chunk in CHUNKS for image in chunk.images)
-    assert sorted(size for (size,) in struct.iter_unpack("<Q", file.read_bytes())) == sizes
+    records = list(segment.PROGRESS_RECORD.iter_unpack(file.read_bytes()))
+    assert sorted(size for state, size in records if state == segment.IMAGE) == sizes
+    states = [state for state, _ in records if state != segment.IMAGE]
+    assert states == [segment.LOADING, segment.READING, segment.COMPILING, segment.READY]
 
 
 def load_small_device(config: ModelConfig) -> SmallDevice:
