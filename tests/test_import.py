@@ -250,6 +250,7 @@ def changed(kind: str, index: int, **values: Any) -> dict[str, Any]:
         (instances(categories=None), "no list of category records"),
         (instances(annotations={}), "no list of annotation records"),
         (instances(annotations=[3]), "the annotation record 3 has no id"),
+        (instances(images=[], annotations=[]), "it has no images"),
         (instances(images=[{"file_name": "a"}]), "has no id"),
         (changed("images", 1, id=9), "two image records have the id 9"),
         (changed("images", 1, file_name="train/a.jpg"), "two images have the file_name 'train/a.jpg'"),

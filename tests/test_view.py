@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from playwright.sync_api import Page, sync_playwright
 from pycocotools import mask as coco_mask
 
 from pipeline import cli
-from tests.conftest import label, photo_bytes, read_labels
-from tests.test_read import MAKERS
+from tests.conftest import EVENT_SECONDS, label, photo_bytes, read_labels
+from tests.test_read import MAKERS, tar_bytes
 from transforms.draw import draw_masks, mask_color
+from transforms.records import SourceFile
 from transforms.schema import row_to_mask
+from transforms.source import open_file
 
 CHROMIUM = "/usr/bin/chromium"
 CHROMIUM_FLAGS = [
@@ -215,6 +218,80 @@ def test_photos_moved_elsewhere(labeled: Path, tmp_path: Path, capsys: pytest.Ca
     assert "1 of its photos were not found or are not those that were labeled" in capsys.readouterr().out
 
 
+@pytest.fixture
+def tar_labels(tmp_path: Path) -> Path:
+    """Labels of a tar with two photos of one base name among three."""
+    photos = ((name, photo_bytes(n)) for n, name in enumerate(["x/x.png", "x/y.png", "y/x.png"]))
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars/a.tar").write_bytes(tar_bytes(*photos))
+    assert label("--input", tmp_path / "tars", "--output", tmp_path / "labels") == 0
+    return tmp_path / "labels"
+
+
+def shown_photos(report: Path) -> list[int | None]:
+    """Which of photo_bytes(0..9) each image of a report is, None where there is no photo."""
+    known = [np.asarray(Image.open(io.BytesIO(photo_bytes(n)))).astype(int) for n in range(10)]
+    shown: list[int | None] = []
+    for number, image in enumerate(read_script(report / "data/index.js")["images"]):
+        path = report / f"photos/0/{number}.jpg"
+        assert path.exists() != image["problem"]
+        photo = np.asarray(Image.open(path)).astype(int) if path.exists() else None
+        shown.append(None if photo is None else int(np.argmin([np.abs(photo - one).mean() for one in known])))
+    return shown
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"x/x.png": 0, "x/y.png": 1, "y/x.png": 2},  # unpacked as it was
+        {"deep/x/x.png": 0, "deep/x/y.png": 1, "deep/y/x.png": 2},  # one folder deeper
+        {"1/x.png": 2, "2/x.png": 0, "y.png": 1},  # other folders: two of one name
+        {"x/x.png": 2, "x/y.png": 1, "y/x.png": 0},  # two have changed places
+        {"one.png": 0, "two.png": 1, "three.jpg": 2, "y.png": 5, "other.png": 6},  # other names, one of them taken
+    ],
+)
+def test_photos_of_a_tar_are_found_in_a_folder(tar_labels: Path, tmp_path: Path, files: dict[str, int]) -> None:
+    for name, number in files.items():
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(photo_bytes(number))
+    assert view("--labels", tar_labels, "--images", tmp_path / "photos", "--output", tmp_path / "report") == 0
+    assert shown_photos(tmp_path / "report") == [0, 1, 2]
+
+
+def test_a_photo_with_the_name_and_other_bytes_is_told(tar_labels: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos/x").mkdir(parents=True)
+    for name, number in {"x/x.png": 0, "x/y.png": 5}.items():
+        (tmp_path / "photos" / name).write_bytes(photo_bytes(number))
+    assert view("--labels", tar_labels, "--images", tmp_path / "photos", "--output", tmp_path / "report") == 0
+    assert shown_photos(tmp_path / "report") == [0, None, None]
+    problems = [read_script(tmp_path / f"report/data/images/0/{number}.js")["problem"] for number in (1, 2)]
+    assert "its sha256 differs" in problems[0]
+    assert "it is not among --images" in problems[1]  # that x/x.png has its base name says nothing
+
+
+@pytest.mark.parametrize(("renamed", "most"), [(False, 1), (True, 2)])
+def test_photos_are_read_no_more_often_than_they_need_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: bool, most: int
+) -> None:
+    """By their names each is read once; where they have others, once more to find out whose they are."""
+    photos = [(f"x/{n}.png", photo_bytes(n)) for n in range(12)]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(*photos))
+    label("--input", tmp_path / "a.tar", "--output", tmp_path / "labels")
+    (tmp_path / "photos").mkdir()
+    for number, (name, data) in enumerate(photos):
+        (tmp_path / "photos" / (f"{11 - number}.webp" if renamed else Path(name).name)).write_bytes(data)
+    opened: Counter[str] = Counter()
+
+    def open_counted(file: SourceFile) -> io.BufferedReader:
+        opened[file.path] += 1
+        return open_file(file)
+
+    monkeypatch.setattr("transforms.read.open_file", open_counted)
+    view("--labels", tmp_path / "labels", "--images", tmp_path / "photos", "--output", tmp_path / "report")
+    assert not any(image["problem"] for image in read_script(tmp_path / "report/data/index.js")["images"])
+    assert len(opened) == 12 and max(opened.values()) <= most
+
+
 @pytest.mark.parametrize("exif", ["apply", "ignore"])
 def test_photos_are_turned_as_they_were_labeled(tmp_path: Path, exif: str) -> None:
     image = Image.open(io.BytesIO(photo_bytes(1)))
@@ -317,10 +394,21 @@ def test_damaged_masks_are_told(labeled: Path, tmp_path: Path, capsys: pytest.Ca
     assert f"mask 1 of {HOSTILE} is damaged: " in capsys.readouterr().err
 
 
-def test_imported_labels_are_shown(tmp_path: Path) -> None:
-    """COCO annotations have neither scores nor prompts, and their photos lie elsewhere."""
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/1.png").write_bytes(photo_bytes(1))
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        (["1.png"], None),
+        (["deep/1.png"], None),
+        (["1.png", "deep/1.png"], None),  # the first has the image_id
+        (["deep/1.png", "steep/1.png"], "/deep/1.png and 1 others have its name, and it has no sha256"),
+        (["2.png"], "it is not among --images"),
+    ],
+)
+def test_imported_labels_are_shown(tmp_path: Path, files: list[str], problem: str | None) -> None:
+    """COCO annotations have neither scores nor prompts nor sha256, and their photos lie elsewhere."""
+    for file in files:
+        (tmp_path / "photos" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / file).write_bytes(photo_bytes(1))
     square = {"id": 1, "image_id": 7, "category_id": 1, "segmentation": [[10, 10, 30, 10, 30, 30, 10, 30]]}
     content = {
         "images": [{"id": 7, "file_name": "1.png", "width": 64, "height": 48}],
@@ -339,7 +427,10 @@ def test_imported_labels_are_shown(tmp_path: Path) -> None:
     assert cli.main(["import", *flags]) == 0
     view("--labels", tmp_path / "labels", "--images", tmp_path / "photos", "--output", tmp_path / "report")
     index = read_script(tmp_path / "report/data/index.js")
-    assert [(image["id"], image["masks"], image["problem"]) for image in index["images"]] == [("1.png", 1, False)]
+    shown = [(image["id"], image["masks"], image["problem"]) for image in index["images"]]
+    assert shown == [("1.png", 1, problem is not None)]
+    told = read_script(tmp_path / "report/data/images/0/0.js")["problem"]
+    assert told is None if problem is None else problem in told
     assert index["statistics"]["predicted_iou"] is None
     assert index["statistics"]["area_share"]["high"] == pytest.approx(np.log10(400 / (64 * 48)))
 
@@ -354,9 +445,23 @@ def browser() -> Iterator[Any]:
             pytest.fail(f"there is no {CHROMIUM}, and MASKBEAM_REQUIRE_CHROMIUM=1 asks for it")
         pytest.skip(f"there is no {CHROMIUM} to drive the report in (Debian's package chromium)")
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS, timeout=EVENT_SECONDS * 1000)
         yield browser
         browser.close()
+
+
+# Adds a listener that follows the report's own, so that window.shown is the address whose page is drawn.
+NOTE_WHAT_IS_SHOWN = """
+{
+  const note = () => { window.shown = location.hash; };
+  addEventListener("load", () => { note(); addEventListener("hashchange", note); });
+}
+"""
+
+
+def wait_for_address(page: Page, part: str = "") -> None:
+    """Until an address that has this part is shown."""
+    page.wait_for_function("(part) => location.hash.includes(part) && window.shown === location.hash", arg=part)
 
 
 @pytest.fixture
@@ -373,7 +478,8 @@ def open_page(browser: Any) -> Iterator[Callable[..., Page]]:
         context = browser.new_context(color_scheme=scheme, viewport={"width": 1280, "height": 860})
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(EVENT_SECONDS * 1000)
+        page.add_init_script(NOTE_WHAT_IS_SHOWN)
         page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("dialog", note_dialog)
@@ -558,7 +664,7 @@ def test_everything_by_keyboard(report: Path, open_page: Callable[..., Page]) ->
     page = open_page(report)
 
     def hash_is(address: str) -> None:
-        page.wait_for_function("(address) => location.hash === address", arg=address)
+        page.wait_for_function("(address) => location.hash === address && window.shown === address", arg=address)
 
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "skip"
@@ -604,22 +710,22 @@ def test_gallery_sorts_filters_and_finds(labeled: Path, report: Path, open_page:
     assert tile_ids(page) == ALL
     num_masks = {row["image_id"]: row["num_masks"] for row in read_labels(labeled / "labels").images}
     page.select_option("#sort", "most")
-    page.wait_for_function("location.hash.includes('most')")
+    wait_for_address(page, "most")
     counts = [num_masks[image_id] for image_id in tile_ids(page)[:-1]]
     assert counts == sorted(counts, reverse=True) and tile_ids(page)[-1] == BROKEN
     page.select_option("#sort", "fewest")
-    page.wait_for_function("location.hash.includes('fewest')")
+    wait_for_address(page, "fewest")
     assert tile_ids(page)[0] == EMPTY and tile_ids(page)[-1] == BROKEN
     for show, expected in (("empty", [EMPTY]), ("failed", [BROKEN]), ("problem", {MISSING, CHANGED})):
         page.select_option("#show", show)
-        page.wait_for_function("(show) => location.hash.includes(show)", arg=show)
+        wait_for_address(page, show)
         assert set(tile_ids(page)) == set(expected)
     page.go_back()
-    page.wait_for_function("location.hash.includes('failed')")
+    wait_for_address(page, "failed")
     assert tile_ids(page) == [BROKEN] and page.input_value("#show") == "failed"
     page.select_option("#show", "all")
     page.fill("#search", "MISS")
-    page.wait_for_function("location.hash.includes('MISS')")
+    wait_for_address(page, "MISS")
     assert tile_ids(page) == [MISSING] and page.inner_text("#gallery-count") == "1 of 8 images"
     page.fill("#search", "no such name")
     page.wait_for_selector("#no-tiles:visible")
@@ -640,7 +746,7 @@ def test_links_to_images_and_back(report: Path, open_page: Callable[..., Page]) 
     page = open_page(report, "#/image/2.png")
     assert page.inner_text("#image-title") == "2.png" and page.title() == "2.png - maskbeam"
     page.click("#next")
-    page.wait_for_function("location.hash === '#/image/3.png'")
+    wait_for_address(page, "#/image/3.png")
     page.go_back()
     page.wait_for_function("document.title === '2.png - maskbeam'")
     page.evaluate("location.hash = '#/image/no-such-image'")
@@ -745,13 +851,13 @@ def test_many_images_come_in_pages(tmp_path: Path, report: Path, open_page: Call
     page = open_page(many)
     assert len(tile_ids(page)) == 60 and "Page 1 of 167" in page.inner_text("#pages")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("location.hash === '#/?page=2'")
+    wait_for_address(page, "#/?page=2")
     assert tile_ids(page)[0] == "60.png"
     page.click("text=Last")
-    page.wait_for_function("location.hash === '#/?page=167'")
+    wait_for_address(page, "#/?page=167")
     assert tile_ids(page)[-1] == "9999.png"
     page.fill("#search", "777")
-    page.wait_for_function("location.hash.includes('777')")
+    wait_for_address(page, "777")
     assert tile_ids(page)[0] == "777.png"
 
 
@@ -762,9 +868,10 @@ def test_axe_finds_nothing(report: Path, open_page: Callable[..., Page], scheme:
     page.evaluate(axe)
     for address in ("#/", "#/?q=none-at-all", "#/image/1.png", f"#/image/{MISSING}", "#/statistics", "#/failed"):
         page.evaluate("(address) => { location.hash = address; }", address)
-        page.wait_for_timeout(100)
-        if address == "#/image/1.png":
+        wait_for_address(page)
+        if address.startswith("#/image"):
             drawn(page)
+        if address == "#/image/1.png":
             page.focus("#list")
         if address == "#/statistics":
             page.locator("summary").first.click()

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+from transforms.parquet_file import open_parquet
 from transforms.resume import committed_chunks
 from transforms.schema import ANNOTATIONS, IMAGES
 from transforms.summary import read_json
@@ -123,9 +123,18 @@ def read_image_ids(labels: str, chunks: list[tuple[str, int]]) -> Iterator[str]:
     Raises:
       ValueError: a file is damaged, or is not one of ours.
     """
+    for images in read_images(labels, chunks, ["image_id"]):
+        yield from images["image_id"].to_pylist()
+
+
+def read_images(labels: str, chunks: list[tuple[str, int]], columns: list[str]) -> Iterator[pa.Table]:
+    """Columns of the images table of each chunk, of which nothing else is read.
+
+    Raises:
+      ValueError: a file is damaged, or is not one of ours.
+    """
     for shard, index in chunks:
-        path = FileSystems.join(labels, IMAGES_DIR, chunk_name(shard, index))
-        yield from _read_table(path, ["image_id"])["image_id"].to_pylist()
+        yield _read_table(FileSystems.join(labels, IMAGES_DIR, chunk_name(shard, index)), columns)
 
 
 def read_candidates(labels: str, shard: str, index: int, columns: list[str]) -> pa.Table:
@@ -140,7 +149,7 @@ def read_candidates(labels: str, shard: str, index: int, columns: list[str]) -> 
 def _read_table(path: str, columns: list[str] | None = None) -> pa.Table:
     try:
         with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-            return pq.ParquetFile(file).read(columns)  # read_table does not know parts of structs
+            return open_parquet(file).read(columns, use_threads=False)
     except (ValueError, OSError, pa.ArrowException) as error:
         first_line = str(error).partition("\n")[0]
         raise ValueError(
