@@ -44,7 +44,7 @@ class _StateUnpickler(pickle.Unpickler):
             return _rebuild
         if module == "torch" and name in _DTYPES:
             return name
-        raise pickle.UnpicklingError(f"the file names {module}.{name}, which is no part of a state dict; nothing was run")
+        raise pickle.UnpicklingError(f"the file names {module}.{name}, no part of a state dict; nothing was run")
 
     def persistent_load(self, pid: Any) -> tuple[str, str]:
         """The type and the key of a storage."""

@@ -23,7 +23,15 @@ NECK_BLOCKS = 3
 
 # EfficientNet-Lite0: blocks, kernel, stride of the first, expansion, channels of each stage.
 STEM = 32
-STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
 FEATURES = {2: 4, 3: 8, 5: 16, 7: 32}  # number of the stage from 1 that ends a resolution: its stride
 BATCH_NORM_EPSILON = 1e-3
 
@@ -53,7 +61,9 @@ def build_encoder(frame: int = FRAME) -> keras.Model:
     return keras.Model(pixels, x, name="image_encoder")
 
 
-def _inverted_residual(x: keras.KerasTensor, name: str, kernel: int, stride: int, expansion: int, channels: int) -> keras.KerasTensor:
+def _inverted_residual(
+    x: keras.KerasTensor, name: str, kernel: int, stride: int, expansion: int, channels: int
+) -> keras.KerasTensor:
     y = x
     if expansion != 1:
         y = layers.Conv2D(expansion * x.shape[-1], 1, name=f"{name}_expand")(y)

@@ -117,9 +117,7 @@ def decode(
         tokens = norm(tokens + found, layer.layer_norm2)
         hidden, _, output = layer.mlp_block.mlp_block.layers
         tokens = norm(tokens + dense(output, tf.nn.relu(dense(hidden, tokens))), layer.layer_norm3)
-        told = write_to_pixels(
-            layer.cross_attention_image_to_token, tokens + prompts, tokens, pixels, positions, bias
-        )
+        told = write_to_pixels(layer.cross_attention_image_to_token, tokens + prompts, tokens, pixels, positions, bias)
         if pixels.shape[0] != count:
             told = tf.reshape(told, (pixels.shape[0], -1, *told.shape[1:]))
             pixels = tf.reshape(pixels[:, None] + told, (count, *told.shape[2:]))
@@ -146,7 +144,9 @@ def attend_tokens(attention: keras.layers.Layer, placed: tf.Tensor, values: tf.T
     return dense(attention.out_proj, tf.reshape(tf.transpose(out, (0, 2, 1, 3)), (count, length, -1)))
 
 
-def look_at_pixels(attention: keras.layers.Layer, tokens: tf.Tensor, pixels: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
+def look_at_pixels(
+    attention: keras.layers.Layer, tokens: tf.Tensor, pixels: tf.Tensor, positions: tf.Tensor
+) -> tf.Tensor:
     """Attention of tokens (N, T, C) to pixels (B or N, L, C). The keys' bias cancels in the softmax."""
     heads, (count, length, channels) = attention.num_heads, tokens.shape
     size = attention.query_proj.kernel.shape[1] // heads
@@ -203,7 +203,7 @@ def _grouped(weights: tf.Tensor, pixels: tf.Tensor) -> tf.Tensor:
 def upscale(decoder: keras.layers.Layer, pixels: tf.Tensor, hyper: tf.Tensor, lattice: tf.Tensor | None) -> tf.Tensor:
     """Logits of masks (N, M, C / 8) on pixels (N, L, C): a transposed convolution of stride 2 is a matrix product."""
     first, norm1, _, second, _ = decoder.output_upscaling.layers
-    count, length, channels = pixels.shape
+    count, _, channels = pixels.shape
     kernel = tf.reshape(first.kernel.value, (4, first.filters, channels))
     kernel = kernel if lattice is None else tf.gather(kernel, lattice[None])
     corners = kernel.shape[0]

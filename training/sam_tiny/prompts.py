@@ -131,9 +131,7 @@ def make_batch(rng: np.random.Generator, photos: list[Photo], images: int, count
     )
 
 
-def batches(
-    seed: int, start: int, photos: list[Photo], images: int, counts: tuple[int, int, int]
-) -> Iterator[Batch]:
+def batches(seed: int, start: int, photos: list[Photo], images: int, counts: tuple[int, int, int]) -> Iterator[Batch]:
     """Endless batches, made ahead in a thread. Batch n depends on the seed and on n alone, so that a run can resume."""
 
     def make(step: int) -> Batch:

@@ -37,7 +37,7 @@ SAVE_EVERY, LOG_EVERY = 100, 25
 
 
 class MatrixMuon(keras.optimizers.Muon):
-    """Muon (Jordan et al., 2024) that takes kernels of convolutions as matrices, as their authors do; Keras does not."""
+    """Muon (Jordan et al., 2024) that takes kernels of convolutions as matrices, as its authors do."""
 
     def _should_use_adamw(self, variable: keras.Variable) -> bool:
         if len(variable.shape) != 4 or min(np.prod(variable.shape[:-1]), variable.shape[-1]) < 16:
@@ -301,7 +301,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def as_tensors(batch: Batch) -> list:
     """A batch's arrays in the order in which a step takes them."""
-    groups = [{name: tf.constant(value) for name, value in group.items()} for group in (batch.plain, batch.own, batch.coarse)]
+    groups = [
+        {name: tf.constant(value) for name, value in group.items()} for group in (batch.plain, batch.own, batch.coarse)
+    ]
     return [tf.constant(batch.pixels), tf.constant(batch.sizes), *groups]
 
 
