@@ -319,6 +319,11 @@ def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output:
     ]
     if totals.failed > 5:
         lines.append(f"  ... and {totals.failed - 5} more: rows with status failed in {output}/images")
+    if annotations := totals.annotations.images:
+        lines.append(
+            f"{annotations} images in tar files annotate a photo and were not labeled: "
+            f"{format_some(totals.annotations.names)}"
+        )
     if ignored:
         lines.append(f"{len(ignored)} files ignored, not images by their names: {format_some(ignored)}")
     dropped = ", ".join(f"{name} {count}" for name, count in vars(totals.dropped).items() if count)
