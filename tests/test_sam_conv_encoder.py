@@ -154,25 +154,25 @@ def preset(backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_preset_is_loaded_as_it_was_saved(preset: Path, backbone: Any, pixels: np.ndarray) -> None:
     prompts = np.random.default_rng(2).uniform(0, 60, (4, 2))
-    predicted = []
-    for sam in (Sam(backbone), load_sam(str(preset))):
+
+    def predicted(sam: Sam) -> np.ndarray:
         context = sam.embed(to_frame(pixels, FRAME), resized_hw(pixels.shape[:2], FRAME))
-        predicted.append(sam.score(context, prompts, 4).predicted_iou())
-    np.testing.assert_array_equal(*predicted)
+        return sam.score(context, prompts, 4).predicted_iou()
+
+    np.testing.assert_array_equal(predicted(load_sam(str(preset))), predicted(Sam(backbone)))
 
 
 def with_layer(preset: Path, folder: Path, name: str, changes: dict[str, Any]) -> Path:
     """A copy of the preset's configuration with one of the encoder's layers changed; its weights are of no interest."""
     for file in preset.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    for file, path in (("config.json", ()), ("task.json", ("config", "backbone"))):
-        config = part = json.loads((folder / file).read_text())
-        for key in path:
-            part = part[key]
+    for name_of_file in ("config.json", "task.json"):
+        config = json.loads((folder / name_of_file).read_text())
+        part = config["config"]["backbone"] if name_of_file == "task.json" else config
         described = part["config"]["image_encoder"]["config"]["layers"]
         (layer,) = (layer for layer in described if layer["name"] == name)
         layer.update(changes)
-        (folder / file).write_text(json.dumps(config))
+        (folder / name_of_file).write_text(json.dumps(config))
     return folder
 
 

@@ -12,13 +12,13 @@ import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
-_DTYPES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
+_DTYPES: dict[str, np.dtype] = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
             return read_state(file)
 
 
-def read_state(file: BinaryIO) -> dict[str, np.ndarray]:
+def read_state(file: IO[bytes]) -> dict[str, np.ndarray]:
     """As read_weights, of an open file."""
     magic, protocol = _StateUnpickler(file).load(), _StateUnpickler(file).load()
     if (magic, protocol) != (_MAGIC, _PROTOCOL):

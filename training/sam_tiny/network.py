@@ -133,7 +133,8 @@ def decode(
 
 def attend_tokens(attention: keras.layers.Layer, placed: tf.Tensor, values: tf.Tensor, bias: tf.Tensor) -> tf.Tensor:
     """Attention among tokens (N, T, C); bias (N, T) keeps absent ones out."""
-    heads, count, length = attention.num_heads, *placed.shape[:2]
+    heads = attention.num_heads
+    count, length, _ = placed.shape
 
     def split(layer: keras.layers.Layer, x: tf.Tensor) -> tf.Tensor:
         return tf.transpose(tf.reshape(dense(layer, x), (count, length, heads, -1)), (0, 2, 1, 3))

@@ -92,7 +92,7 @@ class Trainer:
 
     def mean_weights(self) -> list[np.ndarray]:
         """The running means of the model's weights, in the order of its variables."""
-        means = {}
+        means: dict[int, tf.Tensor] = {}
         for optimizer, weights in ((self.optimizer, self.rest_variables), (self.trunk_optimizer, self.trunk_variables)):
             averages = optimizer._model_variables_moving_average
             means |= {id(weight): average for weight, average in zip(weights, averages, strict=True)}
