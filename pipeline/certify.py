@@ -21,6 +21,7 @@ from pipeline.results import escape_controls, format_mean, format_share, format_
 from pipeline.run import EXIT_DONE, EXIT_FAILED
 from transforms.agreement import MATCH_IOU, Agreement, compare_masks
 from transforms.amg import CANDIDATE_SETTINGS, AmgConfig, Sam, Submit, call_now, label_image
+from transforms.embedded import check_model_name
 from transforms.images import ImageConfig, ImageError, decode_image
 from transforms.match import InputConfig, Matched, match_shards
 from transforms.read import ReadConfig, read_images, relative_path
@@ -189,6 +190,7 @@ def run_certify(job: CertifyJob, load: LoadSam = load_model) -> int:
       UsageError: before anything is labeled, if the job cannot be done as asked.
     """
     try:
+        check_model_name(job.model.model)
         matched = match_shards(job.input, job.read)
         use_backend(default_backend())
     except (ValueError, RuntimeError, OSError) as error:

@@ -35,6 +35,7 @@ from pipeline.progress import Progress
 from pipeline.remote import JobFailed, prepare, run_elsewhere
 from pipeline.results import escape_controls, format_some
 from pipeline.starts import announce_start, withdraw_start
+from transforms.embedded import PresetError, check_model_name
 from transforms.match import Matched, check_output, match_shards
 from transforms.records import ChunkReport, Shard, Totals
 from transforms.resume import InputChanged, check_directories, committed_chunks, count_orphans, finished_reports
@@ -51,7 +52,7 @@ EXIT_INTERRUPTED = 130
 _POLL_SECONDS = 0.2
 
 # These say all there is to say; for others the stack trace is shown, too.
-_EXPECTED_ERRORS = (InputChanged, JobFailed, ModelBroken, RunReplaced, TooManyFailures, OSError)
+_EXPECTED_ERRORS = (InputChanged, JobFailed, ModelBroken, PresetError, RunReplaced, TooManyFailures, OSError)
 
 # Footers of committed chunks that are read at the same time: on object stores it is waiting that takes the time.
 _FOOTER_THREADS = 16
@@ -70,6 +71,7 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) ->
     try:
         if not local or job.dataflow.gpu is not None:
             job = prepare(job, options)
+        check_model_name(job.model.model)  # at once: looking at the input may take a while
         matched = match_shards(job.input, job.read)
         check_output(job.input, job.output.output)
         use_backend(default_backend())
