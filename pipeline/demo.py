@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline import label
@@ -15,6 +14,7 @@ from pipeline.options import parse_job
 from pipeline.run import EXIT_DONE
 from transforms.draw import contact_sheet, draw_masks
 from transforms.images import ImageConfig, decode_image
+from transforms.labels import read_chunks
 from transforms.schema import row_to_mask
 from transforms.write import RUN_FILE
 
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 def draw_photos(labels: str) -> np.ndarray:
     """The shipped photos with the masks of the labels drawn over them, on one sheet: (H, W, 3) uint8."""
-    rows = pq.read_table(Path(labels) / "annotations").to_pylist()
+    rows = [row for chunk in read_chunks(labels) for row in chunk.annotations.to_pylist()]
     pictures = []
     for path in sorted(PHOTOS.glob("*.jpg")):
         masks = [row_to_mask(row) for row in rows if row["image_id"] == path.name]

@@ -11,13 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 
-import pyarrow.parquet as pq
-
 from pipeline.options import UsageError, parse_job
 from pipeline.results import format_some, write_result
 from pipeline.run import EXIT_DONE
 from transforms.amg import AmgConfig
 from transforms.match import InputConfig, Matched, match_shards
+from transforms.parquet_file import open_parquet
 from transforms.plan import Count, Plan, PlanConfig, Sample, ShardEstimate, count_images, make_plan
 from transforms.read import CHUNK_BYTES, ReadConfig, read_tar, relative_path, tfrecord_records
 from transforms.records import Shard
@@ -166,7 +165,7 @@ def sample_shard(shard: Shard) -> Sample:
             if not source.peek(1):
                 raise ValueError("the file is empty (0 bytes)")
             if shard.format == "parquet":
-                return Sample(pq.ParquetFile(source).metadata.num_rows, file.num_bytes, whole=True)
+                return Sample(open_parquet(source).metadata.num_rows, file.num_bytes, whole=True)
             images = tfrecord_records(source) if shard.format == "tfrecord" else read_tar(source, ReadConfig())
             for _ in images:
                 ends.append(source.tell())  # in the file, so compression and what lies between images are included

@@ -50,7 +50,8 @@ class LabelsConfig:
     Attributes:
       labels: directory of labels, as `label`, `refine` or `import` writes it, on any Beam file system.
       images: files, directories and globs of the photos, like `label --input`, if they are not where they were
-        labeled. Photos are found by image_id: the path relative to the directory that all of these lie in.
+        labeled. A photo is found by its image_id, as the path relative to the directory that all of these lie in. Loose
+        files are found by their file name, too, or, under whatever name, by their sha256.
     """
 
     labels: str
@@ -239,7 +240,7 @@ def _write_pictures(
     for row, masks in _rows(chunks):
         if row["image_id"] not in ids:
             continue
-        shown = ShownImage(row, masks, photos.read(row["image_id"], row["shard"], row["row"]))
+        shown = ShownImage(row, masks, photos.read(row))
         if shown.size_hw is None:
             _tell(f"no picture of {shown.image_id}: {row['error_stage']}: {row['error']}")
             continue
@@ -278,7 +279,7 @@ def _write_report(
             if row["status"] == "failed" and len(failures) < _MAX_FAILURES:
                 failures.append({name: row[name] for name in ("image_id", "error_stage", "error")})
             if row["image_id"] in ids:
-                yield ShownImage(row, masks, photos.read(row["image_id"], row["shard"], row["row"]))
+                yield ShownImage(row, masks, photos.read(row))
 
     lines = write_images(shown_images(), job.report.photo_side, config, output)
     index: dict[str, Any] = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import beta
 
 from pipeline import cli
 from pipeline.certify import draw_images, parse_certify, run_certify
@@ -31,6 +34,8 @@ from transforms.source import open_file
 ALL_MASKS = ["--points_per_side", "4", "--pred_iou_thresh", "0.1", "--stability_score_thresh", "0"]
 ALL_MASKS += ["--box_nms_thresh", "1"]
 NUM_MASKS = 48
+
+ROOT = Path(__file__).parents[1]
 
 
 class LowPrecisionSam(FakeSam):
@@ -100,6 +105,10 @@ def test_all_that_the_lower_precision_changes_is_in_the_json(four_photos: Path, 
         "failed": 1,
         "changed": 1,
         "changed_fraction": 0.25,
+        "changed_upper_bound": pytest.approx(beta.ppf(0.95, 2, 3)),
+        "confidence": 0.95,
+        "images_needed": None,
+        "with_lost_or_new_masks": 2,
         "float32_masks": 192,
         "low_precision_masks": 189,
         "matched": 186,
@@ -133,6 +142,8 @@ def test_the_table_lists_what_failed_and_what_changed(
         "compared 4",
         "failed: not read or decoded 1",
         "images that change their mask count 1 25.0%",
+        f"of all images at most, 95% confidence {beta.ppf(0.95, 2, 3):.1%}",
+        "images with a lost or new mask 2 50.0%",
         "masks in float32 192",
         "matched in bfloat16 at IoU >= 0.9 186 96.9%",
         "lost 6 3.1%",
@@ -150,13 +161,34 @@ def test_the_table_lists_what_failed_and_what_changed(
 # Exit codes.
 
 
+ALL_OF_4_AT_MOST_75 = "of all images at most 0.7514 do, with 95% confidence"  # scipy.stats.beta.ppf(0.95, 2, 3)
+
+
 @pytest.mark.parametrize(
     ("flags", "load", "code", "verdict"),
     [
-        (["--max_changed", "0.25"], load_pair, 0, "is certified: 1 of 4 images (0.25)"),
+        (
+            ["--max_changed", "0.76"],
+            load_pair,
+            0,
+            f"is certified: 1 of 4 images (0.25) change their mask count; {ALL_OF_4_AT_MOST_75}",
+        ),
+        (
+            ["--max_changed", "0.75"],
+            load_pair,
+            1,
+            "is NOT certified: not enough images: 5 needed if no more than 1 change",
+        ),
+        (
+            ["--max_changed", "0.25"],
+            load_pair,
+            1,
+            "is NOT certified: not enough images: 18 needed if no more than 1 change",
+        ),
         (["--max_changed", "0.24"], load_pair, 1, "is NOT certified: 1 of 4 images (0.25)"),
-        ([], load_fake, 0, "is certified: 0 of 4 images (0)"),
-        (["--max_changed", "0"], load_fake, 0, "is certified: 0 of 4 images (0)"),
+        ([], load_fake, 1, "is NOT certified: not enough images: 59 needed if no more than 0 change"),
+        (["--max_changed", "0.53"], load_fake, 0, "is certified: 0 of 4 images (0)"),  # 1 - 0.05 ** (1 / 4) = 0.527
+        (["--max_changed", "1"], load_pair, 0, "is certified: 1 of 4 images (0.25)"),
         # Nothing was compared: that is no certificate.
         (["--pred_iou_thresh", "1"], load_fake, 1, "is NOT certified: no image has a mask"),
         (["--max_pixels", "1"], load_fake, 1, "is NOT certified: no image could be decoded"),
@@ -170,6 +202,23 @@ def test_the_exit_code_is_the_verdict(
 
 
 @pytest.mark.parametrize(
+    ("count", "changed", "code"),
+    [(58, False, 1), (59, False, 0), (92, True, 1), (93, True, 0)],  # 0.95 ** 59 < 0.05 < 0.95 ** 58
+)
+def test_the_default_needs_59_images_without_a_change_or_93_with_one(
+    tmp_path: Path, result: Path, count: int, changed: bool, code: int
+) -> None:
+    photo_1 = photo_bytes(1)
+    for number in range(count):
+        (tmp_path / f"{number:03}.png").write_bytes(photo_1 if changed and number == 0 else photo_bytes(0))
+    assert certify("--input", tmp_path / "*.png", "--json", result, "--points_per_side", "1") == code
+    content = json.loads(result.read_text())
+    assert content["certified"] == (code == 0)
+    assert content["summary"]["compared"] == count and content["summary"]["changed"] == changed
+    assert content["summary"]["images_needed"] == (None if code == 0 else 93 if changed else 59)
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--dtype", "float32"], "dtype must be another one than float32"),
@@ -177,6 +226,7 @@ def test_the_exit_code_is_the_verdict(
         (["--images", "0"], "images is 0"),
         (["--max_changed", "5"], "max_changed must be"),
         (["--max_changed", "nan"], "max_changed must be"),
+        (["--max_changed", "0"], "no sample shows that no image at all changes"),
         (["--json", ""], "--json is empty"),
         (["--json", "{photos}"], "cannot write --json"),
         (["--model", "no_such_model"], "cannot find model no_such_model"),
@@ -272,9 +322,12 @@ def test_the_real_model_in_bfloat16(tmp_path: Path, result: Path) -> None:
         shutil.copy(GOLDEN / name, tmp_path)
     settings = [text for name, value in case["settings"].items() for text in (f"--{name}", str(value))]
     flags = ["--input", str(tmp_path / "*.png"), "--model", str(GOLDEN / "sam_128"), *settings]
-    code = cli.main(["certify", *flags, "--json", str(result), "--max_changed", "1"])
+    command = [sys.executable, "-m", "pipeline", "certify", *flags, "--json", str(result), "--max_changed", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # TensorFlow has nothing to say of two models in one process.
+    assert (done.returncode, done.stderr) == (0, "")
     content = json.loads(result.read_text())
-    assert code == 0 and content["summary"]["compared"] == 2
+    assert content["summary"]["compared"] == 2
     rows = {row["image_id"]: row for row in content["images"]}
     assert rows[case["photo"]]["float32_masks"] == len(case["masks"])  # the reference's
     # It is another precision, but the same model.

@@ -488,7 +488,7 @@ def test_weights_that_are_no_hdf5_are_refused(content: bytes, copied_preset: Pat
 
 def test_a_preset_without_weights_is_refused(copied_preset: Path) -> None:
     (copied_preset / "model.weights.h5").unlink()
-    with pytest.raises(PresetError, match="its weights .* are missing"):
+    with pytest.raises(PresetError, match=r"its weights .* are missing"):
         check_preset(str(copied_preset))
 
 

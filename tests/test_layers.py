@@ -89,13 +89,18 @@ def test_the_application_needs_no_tests(package: str) -> None:
         ({"keras_hub"}, MODEL | {"transforms/check_preset.py"}),  # to fetch presets that KerasHub knows by name
         ({"pycocotools"}, {"transforms/rle.py"}),
         ({"apache_beam"}, VERBS | set(our_files("pipeline"))),
+        (
+            {"pyarrow.parquet"},
+            {"transforms/parquet_file.py", "transforms/write.py"},
+        ),
         ({"argparse"}, {"pipeline/options.py", "pipeline/demo.py"}),
         ({"torch", "torchvision", "segment_anything", "cv2", "scipy", "pandas"}, set()),  # of tests and benchmarks
     ],
-    ids=["keras", "keras_hub", "pycocotools", "apache_beam", "argparse", "reference"],
+    ids=["keras", "keras_hub", "pycocotools", "apache_beam", "parquet", "argparse", "reference"],
 )
 def test_package_is_imported_only_in(packages: set[str], allowed: set[str]) -> None:
-    assert {found.file for found in imports_in(*PRODUCT) if found.package in packages} <= allowed
+    imports = imports_in(*PRODUCT)
+    assert {found.file for found in imports if {found.package, found.module} & packages} <= allowed
 
 
 def test_launching_a_job_loads_no_keras() -> None:

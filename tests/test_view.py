@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from pycocotools import mask as coco_mask
 
 from pipeline import cli
 from tests.conftest import label, photo_bytes, read_labels
-from tests.test_read import MAKERS
+from tests.test_read import MAKERS, tar_bytes
 from transforms.draw import draw_masks, mask_color
+from transforms.records import SourceFile
 from transforms.schema import row_to_mask
+from transforms.source import open_file
 
 CHROMIUM = "/usr/bin/chromium"
 CHROMIUM_FLAGS = [
@@ -215,6 +218,80 @@ def test_photos_moved_elsewhere(labeled: Path, tmp_path: Path, capsys: pytest.Ca
     assert "1 of its photos were not found or are not those that were labeled" in capsys.readouterr().out
 
 
+@pytest.fixture
+def tar_labels(tmp_path: Path) -> Path:
+    """Labels of a tar with two photos of one base name among three."""
+    photos = ((name, photo_bytes(n)) for n, name in enumerate(["x/x.png", "x/y.png", "y/x.png"]))
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars/a.tar").write_bytes(tar_bytes(*photos))
+    assert label("--input", tmp_path / "tars", "--output", tmp_path / "labels") == 0
+    return tmp_path / "labels"
+
+
+def shown_photos(report: Path) -> list[int | None]:
+    """Which of photo_bytes(0..9) each image of a report is, None where there is no photo."""
+    known = [np.asarray(Image.open(io.BytesIO(photo_bytes(n)))).astype(int) for n in range(10)]
+    shown: list[int | None] = []
+    for number, image in enumerate(read_script(report / "data/index.js")["images"]):
+        path = report / f"photos/0/{number}.jpg"
+        assert path.exists() != image["problem"]
+        photo = np.asarray(Image.open(path)).astype(int) if path.exists() else None
+        shown.append(None if photo is None else int(np.argmin([np.abs(photo - one).mean() for one in known])))
+    return shown
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"x/x.png": 0, "x/y.png": 1, "y/x.png": 2},  # unpacked as it was
+        {"deep/x/x.png": 0, "deep/x/y.png": 1, "deep/y/x.png": 2},  # one folder deeper
+        {"1/x.png": 2, "2/x.png": 0, "y.png": 1},  # other folders: two of one name
+        {"x/x.png": 2, "x/y.png": 1, "y/x.png": 0},  # two have changed places
+        {"one.png": 0, "two.png": 1, "three.jpg": 2, "y.png": 5, "other.png": 6},  # other names, one of them taken
+    ],
+)
+def test_photos_of_a_tar_are_found_in_a_folder(tar_labels: Path, tmp_path: Path, files: dict[str, int]) -> None:
+    for name, number in files.items():
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(photo_bytes(number))
+    assert view("--labels", tar_labels, "--images", tmp_path / "photos", "--output", tmp_path / "report") == 0
+    assert shown_photos(tmp_path / "report") == [0, 1, 2]
+
+
+def test_a_photo_with_the_name_and_other_bytes_is_told(tar_labels: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos/x").mkdir(parents=True)
+    for name, number in {"x/x.png": 0, "x/y.png": 5}.items():
+        (tmp_path / "photos" / name).write_bytes(photo_bytes(number))
+    assert view("--labels", tar_labels, "--images", tmp_path / "photos", "--output", tmp_path / "report") == 0
+    assert shown_photos(tmp_path / "report") == [0, None, None]
+    problems = [read_script(tmp_path / f"report/data/images/0/{number}.js")["problem"] for number in (1, 2)]
+    assert "its sha256 differs" in problems[0]
+    assert "it is not among --images" in problems[1]  # that x/x.png has its base name says nothing
+
+
+@pytest.mark.parametrize(("renamed", "most"), [(False, 1), (True, 2)])
+def test_photos_are_read_no_more_often_than_they_need_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: bool, most: int
+) -> None:
+    """By their names each is read once; where they have others, once more to find out whose they are."""
+    photos = [(f"x/{n}.png", photo_bytes(n)) for n in range(12)]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(*photos))
+    label("--input", tmp_path / "a.tar", "--output", tmp_path / "labels")
+    (tmp_path / "photos").mkdir()
+    for number, (name, data) in enumerate(photos):
+        (tmp_path / "photos" / (f"{11 - number}.webp" if renamed else Path(name).name)).write_bytes(data)
+    opened: Counter[str] = Counter()
+
+    def open_counted(file: SourceFile) -> io.BufferedReader:
+        opened[file.path] += 1
+        return open_file(file)
+
+    monkeypatch.setattr("transforms.read.open_file", open_counted)
+    view("--labels", tmp_path / "labels", "--images", tmp_path / "photos", "--output", tmp_path / "report")
+    assert not any(image["problem"] for image in read_script(tmp_path / "report/data/index.js")["images"])
+    assert len(opened) == 12 and max(opened.values()) <= most
+
+
 @pytest.mark.parametrize("exif", ["apply", "ignore"])
 def test_photos_are_turned_as_they_were_labeled(tmp_path: Path, exif: str) -> None:
     image = Image.open(io.BytesIO(photo_bytes(1)))
@@ -317,10 +394,21 @@ def test_damaged_masks_are_told(labeled: Path, tmp_path: Path, capsys: pytest.Ca
     assert f"mask 1 of {HOSTILE} is damaged: " in capsys.readouterr().err
 
 
-def test_imported_labels_are_shown(tmp_path: Path) -> None:
-    """COCO annotations have neither scores nor prompts, and their photos lie elsewhere."""
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/1.png").write_bytes(photo_bytes(1))
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        (["1.png"], None),
+        (["deep/1.png"], None),
+        (["1.png", "deep/1.png"], None),  # the first has the image_id
+        (["deep/1.png", "steep/1.png"], "/deep/1.png and 1 others have its name, and it has no sha256"),
+        (["2.png"], "it is not among --images"),
+    ],
+)
+def test_imported_labels_are_shown(tmp_path: Path, files: list[str], problem: str | None) -> None:
+    """COCO annotations have neither scores nor prompts nor sha256, and their photos lie elsewhere."""
+    for file in files:
+        (tmp_path / "photos" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / file).write_bytes(photo_bytes(1))
     square = {"id": 1, "image_id": 7, "category_id": 1, "segmentation": [[10, 10, 30, 10, 30, 30, 10, 30]]}
     content = {
         "images": [{"id": 7, "file_name": "1.png", "width": 64, "height": 48}],
@@ -339,7 +427,10 @@ def test_imported_labels_are_shown(tmp_path: Path) -> None:
     assert cli.main(["import", *flags]) == 0
     view("--labels", tmp_path / "labels", "--images", tmp_path / "photos", "--output", tmp_path / "report")
     index = read_script(tmp_path / "report/data/index.js")
-    assert [(image["id"], image["masks"], image["problem"]) for image in index["images"]] == [("1.png", 1, False)]
+    shown = [(image["id"], image["masks"], image["problem"]) for image in index["images"]]
+    assert shown == [("1.png", 1, problem is not None)]
+    told = read_script(tmp_path / "report/data/images/0/0.js")["problem"]
+    assert told is None if problem is None else problem in told
     assert index["statistics"]["predicted_iou"] is None
     assert index["statistics"]["area_share"]["high"] == pytest.approx(np.log10(400 / (64 * 48)))
 

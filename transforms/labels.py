@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+from transforms.parquet_file import open_parquet
 from transforms.resume import committed_chunks
 from transforms.schema import ANNOTATIONS, IMAGES
 from transforms.summary import read_json
@@ -140,7 +140,7 @@ def read_candidates(labels: str, shard: str, index: int, columns: list[str]) -> 
 def _read_table(path: str, columns: list[str] | None = None) -> pa.Table:
     try:
         with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-            return pq.ParquetFile(file).read(columns)  # read_table does not know parts of structs
+            return open_parquet(file).read(columns, use_threads=False)
     except (ValueError, OSError, pa.ArrowException) as error:
         first_line = str(error).partition("\n")[0]
         raise ValueError(

@@ -17,13 +17,11 @@ from typing import IO, Any, TypeVar
 
 import google_crc32c
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from transforms.images import has_image_extension
-from transforms.parquet_footer import schema_depth
+from transforms.parquet_file import open_parquet
 from transforms.records import Chunk, EncodedImage, Failure, Shard, SourceFile, printable
 from transforms.source import (
-    BUFFER_BYTES,
     allowed_inflation,
     decompress,
     describe_bomb,
@@ -43,8 +41,6 @@ MAX_TAR_HEADER_BYTES = 2**17
 MAX_TAR_GLOBAL_HEADERS = 100
 # A whole archive is read with three of these.
 _MAX_READS_PAST_END = 10
-
-MAX_PARQUET_NESTING = 100
 
 # Characters of a failure's reason: members and columns are named in it, and there may be thousands.
 MAX_REASON = 1000
@@ -444,9 +440,7 @@ def webdataset_key(name: str) -> str:
 def read_parquet(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
     """The rows of a Parquet file with a column of encoded images."""
     num_bytes = source.seek(0, io.SEEK_END)
-    _check_nesting(source, num_bytes)
-    # A row at a time through a buffer: row groups are often as large as the file.
-    table = pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False)
+    table = open_parquet(source)
     schema = table.schema_arrow
     image = next((name for name in config.parquet_image if name in schema.names and _holds_bytes(schema, name)), None)
     if image is None:
@@ -462,6 +456,7 @@ def read_parquet(source: io.BufferedReader, config: ReadConfig) -> Iterator[Samp
         raise ValueError(describe_bomb(inflated, num_bytes))
     row = 0
     try:
+        # A row at a time: a few images can be as large as the memory.
         for batch in table.iter_batches(batch_size=1, columns=columns, use_threads=False):
             try:
                 rows = batch.to_pylist()
@@ -476,23 +471,6 @@ def read_parquet(source: io.BufferedReader, config: ReadConfig) -> Iterator[Samp
         raise ValueError(f"at row {row} of {num_rows}: {describe_error(error)}") from error
     if row != num_rows:  # nothing in a Parquet file covers its counts
         raise ValueError(f"there are {row} rows, but the file's footer says {num_rows}")
-
-
-def _check_nesting(source: io.BufferedReader, num_bytes: int) -> None:
-    """Refuses a schema that would overflow Arrow's stack. All else that may be wrong, Arrow tells."""
-    # A file ends with: FileMetaData | its length, uint32 little endian | PAR1.
-    source.seek(max(num_bytes - 8, 0))
-    tail = source.read(8)
-    footer_bytes = int.from_bytes(tail[:4], "little")
-    if tail[4:] != b"PAR1" or footer_bytes > num_bytes - 8:
-        return
-    source.seek(num_bytes - 8 - footer_bytes)
-    try:
-        depth = schema_depth(source.read(footer_bytes))
-    except (ValueError, IndexError) as error:
-        raise ValueError("the file's footer is damaged: it holds no schema") from error
-    if depth > MAX_PARQUET_NESTING:
-        raise ValueError(f"the schema nests {depth} levels deep; at most {MAX_PARQUET_NESTING} are read")
 
 
 def _holds_bytes(schema: pa.Schema, name: str) -> bool:

@@ -6,10 +6,10 @@ import bisect
 from collections.abc import Collection, Iterator
 
 import apache_beam as beam
-import pyarrow.parquet as pq
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+from transforms.parquet_file import open_parquet
 from transforms.read import ReadConfig, chunk_digest, read_chunks
 from transforms.records import Chunk, ChunkReport, Shard
 from transforms.schema import report_from_metadata
@@ -86,7 +86,7 @@ def read_report(output: str, shard: str, index: int) -> ChunkReport | None:
     path = FileSystems.join(output, IMAGES_DIR, chunk_name(shard, index))
     try:
         with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-            return report_from_metadata(pq.read_schema(file).metadata)
+            return report_from_metadata(open_parquet(file).schema_arrow.metadata)
     except (ValueError, KeyError, TypeError):  # pyarrow's errors of broken files are ValueErrors, too
         return None
     except Exception:  # each file system has an error of its own for this

@@ -90,8 +90,11 @@ def compile_for_backend(function: Callable[..., Any], weights: Any) -> Callable[
     if backend == "tensorflow":
         import tensorflow
 
-        # A function's captured tensors cost less in every call than its arguments: 2 ms for the decoder's.
-        return _first_call_alone(tensorflow.function(lambda *tensors: function(weights, *tensors), jit_compile=True))
+        # A function's captured tensors cost less in every call than its arguments: 2 ms for the decoder's. TensorFlow
+        # counts retracing by the code object, which all programs made here share, but not by that of a partial: two
+        # models in a process are no reason to warn.
+        program = partial(lambda *tensors: function(weights, *tensors))
+        return _first_call_alone(tensorflow.function(program, jit_compile=True))
     if backend == "jax":
         import jax
 
