@@ -90,12 +90,12 @@ class CertificateConfig:
 class CertifyJob:
     """Everything `maskbeam certify` was asked to do."""
 
-    input: InputConfig
-    read: ReadConfig
-    images: ImageConfig
     model: LowPrecisionModel
-    amg: AmgConfig
+    input: InputConfig
     certificate: CertificateConfig
+    amg: AmgConfig
+    images: ImageConfig
+    read: ReadConfig
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,7 @@ def _make_progress(job: Job, matched: Matched, done: Totals, progress_dir: Path)
     if not countable and job.input.limit is not None:
         total_images = job.input.limit
     total_bytes = sum(shard.num_bytes for shard in matched.shards)
-    return Progress(progress_dir, total_images, total_bytes, done.images, done.encoded_bytes)
+    return Progress(progress_dir, total_images, total_bytes, done.images, done.encoded_bytes, job.progress)
 
 
 def _expected(error: BaseException) -> tuple[bool, str]:
