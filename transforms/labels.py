@@ -123,9 +123,18 @@ def read_image_ids(labels: str, chunks: list[tuple[str, int]]) -> Iterator[str]:
     Raises:
       ValueError: a file is damaged, or is not one of ours.
     """
+    for images in read_images(labels, chunks, ["image_id"]):
+        yield from images["image_id"].to_pylist()
+
+
+def read_images(labels: str, chunks: list[tuple[str, int]], columns: list[str]) -> Iterator[pa.Table]:
+    """Columns of the images table of each chunk, of which nothing else is read.
+
+    Raises:
+      ValueError: a file is damaged, or is not one of ours.
+    """
     for shard, index in chunks:
-        path = FileSystems.join(labels, IMAGES_DIR, chunk_name(shard, index))
-        yield from _read_table(path, ["image_id"])["image_id"].to_pylist()
+        yield _read_table(FileSystems.join(labels, IMAGES_DIR, chunk_name(shard, index)), columns)
 
 
 def read_candidates(labels: str, shard: str, index: int, columns: list[str]) -> pa.Table:
