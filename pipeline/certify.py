@@ -20,7 +20,14 @@ from typing import Any
 from pipeline.identity import default_backend, model_fingerprint
 from pipeline.options import UsageError, parse_job
 from pipeline.progress import progress_bar
-from pipeline.results import escape_controls, format_mean, format_share, format_table, write_result
+from pipeline.results import (
+    announce_default_model,
+    escape_controls,
+    format_mean,
+    format_share,
+    format_table,
+    write_result,
+)
 from pipeline.run import EXIT_DONE, EXIT_FAILED
 from transforms.agreement import MATCH_IOU, Agreement, compare_masks
 from transforms.amg import CANDIDATE_SETTINGS, AmgConfig, Sam, Submit, call_now, label_image
@@ -207,7 +214,9 @@ class Certificate:
 
 def main(argv: list[str]) -> int:
     """Parses the flags and runs the comparison."""
-    return run_certify(parse_certify(argv))
+    job = parse_certify(argv)
+    announce_default_model(argv)
+    return run_certify(job)
 
 
 def parse_certify(argv: list[str]) -> CertifyJob:
@@ -253,6 +262,7 @@ def run_certify(job: CertifyJob, load: LoadSam = load_model) -> int:
         print(f"maskbeam: {error}", file=sys.stderr)
         return EXIT_FAILED
     certificate = Certificate(job.model.dtype, job.certificate.max_changed, images)
+    print(f"model: {job.model.model}")
     print(format_certificate(certificate))
     write_result(job.certificate.json, {**described, **certificate_to_dict(certificate)})
     return EXIT_FAILED if certificate.objection else EXIT_DONE

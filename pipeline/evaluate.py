@@ -17,10 +17,10 @@ import pyarrow as pa
 from pipeline.against import NothingToCompare, compare_labels, comparison_to_dict, format_comparison
 from pipeline.options import UsageError, parse_job
 from pipeline.progress import progress_bar
-from pipeline.results import escape_controls, format_some, format_table, write_picture, write_result
+from pipeline.results import describe_model, escape_controls, format_some, format_table, write_picture, write_result
 from pipeline.run import EXIT_DONE, EXIT_FAILED
 from transforms import rle
-from transforms.labels import ChunkTables, read_chunks
+from transforms.labels import ChunkTables, read_chunks, read_run
 from transforms.recall import (
     AREA_RANGES,
     CONFIDENCE,
@@ -138,8 +138,10 @@ def main(argv: list[str]) -> int:
             evaluate_truth(config, config.truth)
         if config.against is not None:
             comparison = compare_labels(config.labels, config.against)
+            models = {"model": read_model(config.labels), "model_against": read_model(config.against)}
+            print(f"models: {models['model']}, held against {models['model_against']}")
             print(format_comparison(comparison, config.labels, config.against))
-            write_result(config.json, {"evaluation": asdict(config), **comparison_to_dict(comparison)})
+            write_result(config.json, {"evaluation": asdict(config), **models, **comparison_to_dict(comparison)})
     except NothingToCompare as error:
         print(f"maskbeam: {escape_controls(str(error))}", file=sys.stderr)
         return EXIT_FAILED
@@ -170,13 +172,20 @@ def evaluate_truth(config: EvaluateConfig, truth_path: str) -> None:
         )
     )
     evaluation = Evaluation(joined, images, summarize_recall([image.recall for image in images], config.seed))
+    model = read_model(config.labels)
+    print(f"model: {model}")
     print(format_evaluation(evaluation, config))
-    write_result(config.json, {"evaluation": asdict(config), **evaluation_to_dict(evaluation)})
+    write_result(config.json, {"evaluation": asdict(config), "model": model, **evaluation_to_dict(evaluation)})
     if config.plot is not None:
         # Late: nothing else needs matplotlib.
         from pipeline.plot_recall import plot_recall
 
         write_picture(config.plot, plot_recall(evaluation.recall))
+
+
+def read_model(labels: str) -> str:
+    """Which model made the labels."""
+    return describe_model(read_run(labels))
 
 
 def join_truth(truth: dict[str, TruthImage], rows: Iterable[dict[str, Any]], allow_missing: bool) -> Joined:

@@ -18,6 +18,7 @@ from apache_beam.io.filesystems import FileSystems
 from pipeline.identity import claim_output, versions
 from pipeline.options import UsageError, parse_changes
 from pipeline.progress import progress_bar
+from pipeline.results import describe_model
 from pipeline.run import EXIT_DONE, EXIT_FAILED
 from transforms.amg import CANDIDATE_SETTINGS, AmgConfig
 from transforms.containment import ContainmentConfig
@@ -117,7 +118,7 @@ def run_refine(job: RefineJob, changes: dict[str, Any]) -> int:
         print(f"maskbeam: {error}", file=sys.stderr)
         print(f"What is committed in {output} stays; run the same command to go on.", file=sys.stderr)
         return EXIT_FAILED
-    print(_summary(totals, sum(source.totals.masks for source in sources), output))
+    print(_summary(totals, sum(source.totals.masks for source in sources), output, describe_model(run)))
     if not FileSystems.exists(FileSystems.join(labels, SUMMARY_FILE)):
         print(f"{labels} is not finished: this is what it has so far. Run again when there is more.")
     return EXIT_DONE
@@ -183,14 +184,14 @@ def _refuse_strays(sources: list[ChunkReport], labels: str, output: str) -> None
                 )
 
 
-def _summary(totals: Totals, masks_before: int, output: str) -> str:
+def _summary(totals: Totals, masks_before: int, output: str, model: str) -> str:
     dropped = ", ".join(f"{name} {count}" for name, count in vars(totals.dropped).items() if count)
     directory = output.rstrip("/")
     return (
         f"{totals.images} images: {totals.labeled} labeled, {totals.empty} empty, {totals.failed} failed\n"
         f"{totals.masks} masks, {masks_before} before, of {totals.candidates} candidates"
         + (f" (dropped: {dropped})" if dropped else "")
-        + f"\nlabels: {directory}/annotations/*.parquet, {directory}/images/*.parquet"
+        + f"\nmodel: {model}\nlabels: {directory}/annotations/*.parquet, {directory}/images/*.parquet"
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from pipeline.options import UsageError
+from transforms.embedded import DEMO_MODEL, hub_presets
 from transforms.match import absolute
 from transforms.summary import replace_file, write_json
 
@@ -59,6 +61,29 @@ def escape_controls(text: str) -> str:
     a\x1b[2J
     """
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def describe_model(run: dict[str, Any]) -> str:
+    """The model that made labels, by the name that --model was given.
+
+    Args:
+      run: content of run.json.
+
+    >>> describe_model({"model": "sam_tiny"}), describe_model({"model": None})
+    ('sam_tiny', 'none (imported)')
+    """
+    return escape_controls(str(run.get("model") or "none (imported)"))
+
+
+def announce_default_model(argv: Sequence[str]) -> None:
+    """Says which model works if the flags name none: people take it for SAM and label a dataset with it."""
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    if not any(flag.partition("=")[0] == "--model" for flag in own):
+        print(
+            f"maskbeam: without --model this uses the embedded demo model {DEMO_MODEL}: good for trying things, not "
+            f"for labeling a dataset. For that give --model {'|'.join(hub_presets())}",
+            file=sys.stderr,
+        )
 
 
 def write_result(path: str | None, content: dict[str, Any]) -> None:

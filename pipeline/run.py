@@ -22,7 +22,6 @@ from typing import Any, NoReturn
 
 import apache_beam as beam
 from apache_beam.io.filesystem import BeamIOError
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability import python_urns
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
@@ -33,7 +32,7 @@ from pipeline.identity import claim_output, default_backend, describe_run, refus
 from pipeline.options import UsageError, runs_locally
 from pipeline.progress import Progress
 from pipeline.remote import JobFailed, prepare, run_elsewhere
-from pipeline.results import escape_controls, format_some
+from pipeline.results import describe_model, escape_controls, format_some
 from pipeline.starts import announce_start, withdraw_start
 from transforms.embedded import PresetError, check_model_name
 from transforms.match import Matched, check_output, match_shards
@@ -41,7 +40,7 @@ from transforms.records import ChunkReport, Shard, Totals
 from transforms.resume import InputChanged, check_directories, committed_chunks, count_orphans, finished_reports
 from transforms.segment import LoadSam, ModelBroken, load_model, use_backend
 from transforms.source import describe_error
-from transforms.summary import SUMMARY_FILE, read_json
+from transforms.summary import read_totals
 from transforms.write import RunReplaced, TooManyFailures
 
 EXIT_DONE = 0
@@ -113,10 +112,8 @@ def _label(
         return EXIT_FAILED
     if makes_template(options):
         return EXIT_DONE
-    totals = Totals.from_dict(
-        {k: v for k, v in read_json(FileSystems.join(job.output.output, SUMMARY_FILE)).items() if k != "versions"}
-    )
-    print(summary(totals, outcome, matched.ignored, job.output.output))
+    totals = read_totals(job.output.output)
+    print(summary(totals, outcome, matched.ignored, job.output.output, describe_model(run)))
     if orphans := count_orphans(committed_chunks(job.output.output), matched.shards):
         print(f"{orphans} chunks in {job.output.output} are of inputs that are not there any more; their rows stay")
     if totals.failed == totals.images:
@@ -280,12 +277,12 @@ def describe_no_result(totals: Totals) -> str:
     if not totals.images:
         return "nothing was labeled: the input has no images. Check --input."
     return (
-        f"nothing was labeled: all {totals.images} images failed, for the reasons above. Their rows stay. Mend the input, "
-        "and run the same command with --retry_failed."
+        f"nothing was labeled: all {totals.images} images failed, for the reasons above. Their rows stay. Mend the "
+        "input, and run the same command with --retry_failed."
     )
 
 
-def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output: str) -> str:
+def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output: str, model: str) -> str:
     """What the command prints at the end."""
     lines = [
         f"{totals.images} images: {totals.labeled} labeled, {totals.empty} empty, {totals.failed} failed",
@@ -304,5 +301,6 @@ def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output:
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in vars(totals.seconds).items())
     lines.append(f"seconds in {seconds}")
     directory = output.rstrip("/")
+    lines.append(f"model: {model}")
     lines.append(f"labels: {directory}/annotations/*.parquet, {directory}/images/*.parquet")
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from pipeline.report_writer import (
     write_images,
     write_page,
 )
+from pipeline.results import describe_model
 from pipeline.run import EXIT_DONE, EXIT_FAILED
 from transforms import rle
 from transforms.draw import draw_masks
@@ -291,6 +292,7 @@ def _write_report(
         "images": lines,
     }
     write_page(index, output)
+    print(f"model: {describe_model(run)}")
     print(f"report of {len(lines)} of {statistics.statuses.total()} images: {output / 'index.html'}")
     if missing := sum(line["problem"] for line in lines):
         print(

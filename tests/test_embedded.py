@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline import certify
+from pipeline import label as label_command
 from pipeline.certify import LowPrecisionModel
+from pipeline.cli import main
 from pipeline.options import UsageError
 from tests.conftest import label, write_photos
 from transforms.check_preset import check_preset
@@ -170,3 +175,66 @@ def test_without_a_network_it_is_said_what_is_there_and_what_to_get(
         cached.touch()
         with pytest.raises(PresetError, match="Downloaded before: sam_large_sa1b "):
             check_preset(preset)
+
+
+# The model is named.
+
+
+@pytest.fixture
+def not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands stop before they do anything."""
+    monkeypatch.setattr(label_command, "run_label", lambda job, options: 1)
+    monkeypatch.setattr(certify, "run_certify", lambda job: 1)
+
+
+@pytest.mark.usefixtures("not_run")
+@pytest.mark.parametrize("command", [["label", "--output", "out"], ["certify"]])
+def test_without_a_model_a_line_says_which_works_what_it_is_good_for_and_what_to_give(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*command, "--input", "in"])
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    for words in (
+        "demo model sam_tiny",
+        "not for labeling a dataset",
+        "--model sam_base_sa1b|sam_large_sa1b|sam_huge_sa1b",
+    ):
+        assert words in printed.err
+    for given in (["--model", "sam_tiny"], ["--model=sam_tiny"]):
+        main([*command, "--input", "in", *given])
+        assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("not_run")
+def test_the_demo_needs_no_such_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--output", str(tmp_path / "demo")]) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_every_summary_names_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, tiny = tmp_path / "mine", tmp_path / "tiny"
+    preset = shutil.copytree(ROOT / "tests" / "golden" / "sam_128", tmp_path / "preset")
+    photos = write_photos(tmp_path / "photos", 2)
+    for output, flags in ((mine, ["--model", preset]), (tiny, ["--keep_candidates"])):
+        assert label("--input", photos, "--output", output, *flags) == 0
+        model = str(flags[1]) if flags[1:] else "sam_tiny"
+        assert f"\nmodel: {model}\n" in capsys.readouterr().out
+        assert json.loads((output / "summary.json").read_text())["model"] == model
+
+    refined, report, result = tmp_path / "refined", tmp_path / "report", tmp_path / "result.json"
+    assert main(["refine", "--labels", str(tiny), "--output", str(refined)]) == 0
+    assert "\nmodel: sam_tiny\n" in capsys.readouterr().out
+    assert json.loads((refined / "summary.json").read_text())["model"] == "sam_tiny"
+    assert main(["view", "--labels", str(mine), "--output", str(report)]) == 0
+    assert f"model: {preset}\n" in capsys.readouterr().out
+    assert json.dumps(str(preset)) in "".join(path.read_text() for path in report.rglob("*.js"))
+    assert main(["evaluate", "--labels", str(mine), "--against", str(tiny), "--json", str(result)]) == 0
+    assert f"models: {preset}, held against sam_tiny\n" in capsys.readouterr().out
+    assert {"model": str(preset), "model_against": "sam_tiny"}.items() <= json.loads(result.read_text()).items()
+
+    truth = tmp_path / "truth.json"
+    assert main(["export", "--format", "coco", "--labels", str(tiny), "--output", str(truth)]) == 0
+    assert main(["evaluate", "--labels", str(mine), "--truth", str(truth), "--json", str(result)]) == 0
+    assert f"model: {preset}\n" in capsys.readouterr().out
+    assert json.loads(result.read_text())["model"] == str(preset)

@@ -556,7 +556,7 @@ def test_a_preset_that_is_not_there_is_a_usage_error(store: ObjectStore, home: P
 def test_a_uri_without_a_preset_is_not_copied(memory: ObjectStore, home: Path) -> None:
     uri = memory.put("bucket/photo.jpg", b"x").rpartition("/")[0]
     STORE.requests.clear()
-    with pytest.raises(UsageError, match=f"the model {uri}/ is no KerasHub preset: there is no config.json in it"):
+    with pytest.raises(UsageError, match=f"the model {uri} is no KerasHub preset: there is no config.json in it"):
         model_fingerprint(uri)
     assert STORE.requests == {"list": 1}
 

@@ -502,6 +502,11 @@ def sample_centres(picture: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     return picture[np.ix_(rows, columns)]
 
 
+def test_every_page_names_the_labels_and_their_model(report: Path, open_page: Callable[..., Page]) -> None:
+    page = open_page(report)
+    assert page.locator("#labels").inner_text() == f"{report.parent / 'labels'}, model sam_tiny"
+
+
 def test_rle_is_decoded_as_pycocotools_does(report: Path, open_page: Callable[..., Page]) -> None:
     page = open_page(report)
     random = np.random.default_rng(0)

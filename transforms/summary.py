@@ -6,6 +6,7 @@ import contextlib
 import json
 import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from typing import IO, Any
 
 import apache_beam as beam
@@ -60,9 +61,16 @@ def write_summary(totals: Totals, output: str, run: dict[str, Any]) -> Totals:
       RunReplaced: the directory belongs to another run by now.
     """
     check_run(output, run)
-    write_json(FileSystems.join(output, SUMMARY_FILE), {**totals.to_dict(), "versions": run["versions"]})
+    about = {"model": run.get("model"), "versions": run["versions"]}
+    write_json(FileSystems.join(output, SUMMARY_FILE), {**totals.to_dict(), **about})
     delete_tree(FileSystems.join(output, TEMPORARY_DIR))
     return totals
+
+
+def read_totals(output: str) -> Totals:
+    """The totals of a run that ended well, of its summary.json."""
+    content = read_json(FileSystems.join(output, SUMMARY_FILE))
+    return Totals.from_dict({field.name: content[field.name] for field in fields(Totals)})
 
 
 class Summarize(beam.PTransform):
