@@ -21,7 +21,7 @@ from pipeline.identity import default_backend, model_fingerprint
 from pipeline.options import UsageError, parse_job
 from pipeline.progress import progress_bar
 from pipeline.results import (
-    announce_default_model,
+    describe_default_model,
     escape_controls,
     format_mean,
     format_share,
@@ -214,9 +214,7 @@ class Certificate:
 
 def main(argv: list[str]) -> int:
     """Parses the flags and runs the comparison."""
-    job = parse_certify(argv)
-    announce_default_model(argv)
-    return run_certify(job)
+    return run_certify(parse_certify(argv), notice=describe_default_model(argv))
 
 
 def parse_certify(argv: list[str]) -> CertifyJob:
@@ -224,11 +222,12 @@ def parse_certify(argv: list[str]) -> CertifyJob:
     return parse_job("certify", CertifyJob, argv, _DESCRIPTION, without=("chunk_size", *CANDIDATE_SETTINGS))
 
 
-def run_certify(job: CertifyJob, load: LoadSam = load_model) -> int:
+def run_certify(job: CertifyJob, load: LoadSam = load_model, notice: str = "") -> int:
     """Compares, prints the result and writes it as JSON.
 
     Args:
       load: makes the models; tests give a fake.
+      notice: printed once the job is known to be possible.
 
     Returns:
       0 if with 95% confidence at most max_changed of all images change their mask count; 1 if more may, if there was
@@ -246,6 +245,8 @@ def run_certify(job: CertifyJob, load: LoadSam = load_model) -> int:
     described = _describe_job(job, matched)
     # Without a result yet: fails now rather than after the work if --json cannot be written.
     write_result(job.certificate.json, described)
+    if notice:
+        print(notice, file=sys.stderr)
     try:
         float32, low_precision = load(ModelConfig(job.model.model, "float32")), load(job.model)
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,15 +74,19 @@ def describe_model(run: dict[str, Any]) -> str:
     return escape_controls(str(run.get("model") or "none (imported)"))
 
 
-def announce_default_model(argv: Sequence[str]) -> None:
-    """Says which model works if the flags name none: people take it for SAM and label a dataset with it."""
+def describe_default_model(argv: Sequence[str]) -> str:
+    """Which model works if the flags name none, in a line: people take it for SAM and label a dataset with it.
+
+    Returns:
+      nothing if they name one.
+    """
     own = argv[: argv.index("--")] if "--" in argv else argv
-    if not any(flag.partition("=")[0] == "--model" for flag in own):
-        print(
-            f"maskbeam: without --model this uses the embedded demo model {DEMO_MODEL}: good for trying things, not "
-            f"for labeling a dataset. For that give --model {'|'.join(hub_presets())}",
-            file=sys.stderr,
-        )
+    if any(flag.partition("=")[0] == "--model" for flag in own):
+        return ""
+    return (
+        f"maskbeam: without --model this uses the embedded demo model {DEMO_MODEL}: good for trying things, not for "
+        f"labeling a dataset. For that give --model {'|'.join(hub_presets())}"
+    )
 
 
 def write_result(path: str | None, content: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,8 +16,10 @@ from pipeline import certify
 from pipeline import label as label_command
 from pipeline.certify import LowPrecisionModel
 from pipeline.cli import main
-from pipeline.options import UsageError
+from pipeline.options import UsageError, parse_label
+from pipeline.run import run_label
 from tests.conftest import label, write_photos
+from tests.fakes import load_fake
 from transforms.check_preset import check_preset
 from transforms.embedded import DEMO_MODEL, PresetError, check_model_name, embedded_presets, hub_presets
 from transforms.segment import ModelConfig
@@ -181,35 +184,41 @@ def test_without_a_network_it_is_said_what_is_there_and_what_to_get(
 
 
 @pytest.fixture
-def not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands stop before they do anything."""
-    monkeypatch.setattr(label_command, "run_label", lambda job, options: 1)
-    monkeypatch.setattr(certify, "run_certify", lambda job: 1)
+def notices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What commands would say of the model; they stop before they do anything."""
+    given: list[str] = []
+
+    def stop(*job: Any, notice: str) -> int:
+        given.append(notice)
+        return 1
+
+    monkeypatch.setattr(label_command, "run_label", stop)
+    monkeypatch.setattr(certify, "run_certify", stop)
+    return given
 
 
-@pytest.mark.usefixtures("not_run")
 @pytest.mark.parametrize("command", [["label", "--output", "out"], ["certify"]])
 def test_without_a_model_a_line_says_which_works_what_it_is_good_for_and_what_to_give(
-    command: list[str], capsys: pytest.CaptureFixture[str]
+    command: list[str], notices: list[str]
 ) -> None:
-    main([*command, "--input", "in"])
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1
-    for words in (
-        "demo model sam_tiny",
-        "not for labeling a dataset",
-        "--model sam_base_sa1b|sam_large_sa1b|sam_huge_sa1b",
-    ):
-        assert words in printed.err
-    for given in (["--model", "sam_tiny"], ["--model=sam_tiny"]):
-        main([*command, "--input", "in", *given])
-        assert capsys.readouterr().err == ""
+    for flags in ([], ["--model", "sam_tiny"], ["--model=sam_tiny"]):
+        main([*command, "--input", "in", *flags])
+    notice, *others = notices
+    assert others == ["", ""] and "\n" not in notice
+    for words in ("demo model sam_tiny", "not for labeling a dataset", f"--model {'|'.join(hub_presets())}"):
+        assert words in notice
 
 
-@pytest.mark.usefixtures("not_run")
-def test_the_demo_needs_no_such_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_needs_no_such_line(tmp_path: Path, notices: list[str]) -> None:
     assert main(["demo", "--output", str(tmp_path / "demo")]) == 1
-    assert capsys.readouterr().err == ""
+    assert notices == [""]
+
+
+def test_the_line_is_printed_once_the_run_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = write_photos(tmp_path / "photos", 1)
+    job, options = parse_label(["--input", str(photos), "--output", str(tmp_path / "out"), "--points_per_side", "2"])
+    assert run_label(job, options, load_fake, notice="which model") == 0
+    assert capsys.readouterr().err.splitlines()[0] == "which model"
 
 
 def test_every_summary_names_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
