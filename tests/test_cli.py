@@ -17,7 +17,7 @@ COMMANDS = list(cli._COMMANDS)
 SHARED = {
     "--labels": "directory of labels, as `label",
     "--output": "directory of|file for coco",
-    "--overwrite": "delete (the labels|what) .*an earlier (run|export) left in output and start anew",
+    "--overwrite": "(delete the labels that an earlier run left in|replace the files that an earlier export wrote)",
     "--json": "file for the whole (result|plan).*, on any Beam file system; replaced if it exists",
     "--seed": "another one draws",
 }

@@ -653,4 +653,5 @@ def test_the_summary_tells_what_was_dropped_and_where_the_labels_are(
     assert lines[1].startswith(f"{totals['masks']} masks of {totals['candidates']} candidates (dropped: stability ")
     assert "images/s (6 in " in lines[2]
     assert lines[3].startswith("seconds in decode ") and " write " in lines[3]
-    assert lines[4] == f"labels: {output}/annotations/*.parquet, {output}/images/*.parquet"
+    assert lines[4] == "model: sam_tiny"
+    assert lines[5] == f"labels: {output}/annotations/*.parquet, {output}/images/*.parquet"
