@@ -207,7 +207,7 @@ def test_a_failed_image_counts_without_masks_and_is_named(
 ) -> None:
     result = tmp_path / "result.json"
     evaluate("--labels", labels, "--truth", write_truth(photos_truth()), "--json", result)
-    assert capsys.readouterr().out.splitlines()[0].startswith("failed broken.png: decode: cannot decode this PNG")
+    assert capsys.readouterr().out.splitlines()[1].startswith("failed broken.png: decode: cannot decode this PNG")
     content = json.loads(result.read_text())
     assert list(content["failed"]) == ["broken.png"]
     (row,) = [row for row in content["images"] if row["image_id"] == "broken.png"]
@@ -219,7 +219,8 @@ def test_the_table_has_what_the_json_has(
 ) -> None:
     result = tmp_path / "result.json"
     evaluate("--labels", labels, "--truth", write_truth(photos_truth()), "--json", result, "--seed", "5")
-    _, counts, settings, blank, *table = capsys.readouterr().out.splitlines()
+    model, _, counts, settings, blank, *table = capsys.readouterr().out.splitlines()
+    assert model == "model: sam_tiny"
     content = json.loads(result.read_text())
     summary = content["summary"]
     assert counts == f"7 images, {summary['masks']} masks, 24 objects; 6 crowd regions ignored"
