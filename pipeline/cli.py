@@ -52,6 +52,7 @@ def _run(command: str, argv: list[str]) -> int:
         return 2
     # Imported late, and only what is asked for: most bring Beam with them, and --help should not wait for it.
     from pipeline.options import UsageError
+    from transforms.records import DamagedFile
 
     module, _ = _COMMANDS[command]
     try:
@@ -59,6 +60,9 @@ def _run(command: str, argv: list[str]) -> int:
     except UsageError as error:
         print(f"maskbeam {command}: {error}", file=sys.stderr)
         return 2
+    except DamagedFile as error:
+        print(f"maskbeam {command}: {error}", file=sys.stderr)
+        return 1
     return code
 
 

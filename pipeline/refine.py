@@ -143,7 +143,8 @@ def _refine_and_commit(source: ChunkReport, config: AmgConfig, job: RefineJob, r
     """One chunk of the new labels."""
     labels = job.refine.labels
     images = read_chunk(labels, source.shard, source.index).images
-    candidates = read_candidates(labels, source.shard, source.index, COLUMNS)
+    made_with = AmgConfig.from_dict(run["refined_from"]["label_settings"])
+    candidates = read_candidates(labels, source.shard, source.index, images, COLUMNS, made_with)
     refined = tuple(refine_chunk(images, candidates, config, job.containment))
     shard = Shard(source.shard, images["shard"][0].as_py() if len(images) else "", format="", files=())
     chunk = LabeledChunk(shard, source.index, refined, source.final, _digest(source))

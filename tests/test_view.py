@@ -391,7 +391,7 @@ def test_damaged_masks_are_told(labeled: Path, tmp_path: Path, capsys: pytest.Ca
     rows[1]["segmentation"]["counts"] = "o" * 40
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
     assert view("--labels", labels, "--output", tmp_path / "report") == 1
-    assert f"mask 1 of {HOSTILE} is damaged: " in capsys.readouterr().err
+    assert f"mask 1 of {HOSTILE!r}: its counts are no RLE of its image: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -812,7 +812,9 @@ def test_rank_and_parent_are_shown(labeled: Path, tmp_path: Path, open_page: Cal
     labels = shutil.copytree(labeled / "labels", tmp_path / "labels")
     for path in (labels / "annotations").iterdir():
         table = pq.read_table(path)
-        ranks = pa.array([10 + index for index in table["mask_index"].to_pylist()], pa.int32())
+        counts = Counter(table["image_id"].to_pylist())  # the last mask is the first in rank
+        pairs = zip(table["image_id"].to_pylist(), table["mask_index"].to_pylist(), strict=True)
+        ranks = pa.array([counts[image_id] - 1 - index for image_id, index in pairs], pa.int32())
         parents = pa.array([None if index == 0 else 0 for index in table["mask_index"].to_pylist()], pa.int32())
         for name, values in (("rank", ranks), ("parent_id", parents)):
             table = table.set_column(table.column_names.index(name), table.schema.field(name), values)

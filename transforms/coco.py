@@ -149,7 +149,7 @@ def group_by_image(images: Any, annotations: Any) -> list[tuple[dict[str, Any], 
     for record in annotations:
         told = f"the annotation with id {record['id']!r}"
         image_id = record.get("image_id")
-        if not _is_id(image_id) or image_id not in of_image:
+        if not is_id(image_id) or image_id not in of_image:
             raise ValueError(f"{told} has image_id {image_id!r}, but there is no such image")
         if record.get("iscrowd", 0) not in (0, 1):
             raise ValueError(f"{told} has iscrowd {record['iscrowd']!r}; expected 0 or 1")
@@ -158,7 +158,7 @@ def group_by_image(images: Any, annotations: Any) -> list[tuple[dict[str, Any], 
 
 
 def check_categories(annotations: Sequence[dict[str, Any]], categories: Any) -> None:
-    """Checks that every annotation is of a category that the tables can store.
+    """Checks that every annotation is of one of the categories.
 
     Args:
       annotations: as group_by_image gives them.
@@ -167,13 +167,29 @@ def check_categories(annotations: Sequence[dict[str, Any]], categories: Any) -> 
     Raises:
       ValueError: one is not.
     """
-    category_ids = _unique_ids("category", categories)
+    known = category_ids(categories)
     for record in annotations:
         told, category_id = f"the annotation with id {record['id']!r}", record.get("category_id")
-        if not _is_id(category_id) or category_id not in category_ids:
+        if not is_id(category_id) or category_id not in known:
             raise ValueError(f"{told} has category_id {category_id!r}, but there is no such category")
-        if not isinstance(category_id, int) or abs(category_id) > _INT32_MAX:
-            raise ValueError(f"{told} has category_id {category_id!r}; expected a whole number of 32 bits")
+
+
+def category_ids(categories: Any) -> frozenset[int]:
+    """The ids of a file's categories.
+
+    Args:
+      categories: the list of records, whatever is in it.
+
+    Raises:
+      ValueError: it is none, or an id comes twice or cannot be stored, or a name is none.
+    """
+    ids = _unique_ids("category", categories)
+    for record in categories:
+        if type(record["id"]) is not int or abs(record["id"]) > _INT32_MAX:
+            raise ValueError(f"the category with id {record['id']!r} has an id that is no whole number of 32 bits")
+        if not isinstance(record.get("name", ""), str):
+            raise ValueError(f"the category with id {record['id']!r} has name {record['name']!r}; expected text")
+    return frozenset(ids)
 
 
 def _unique_ids(kind: str, records: Any) -> set[Any]:
@@ -181,7 +197,7 @@ def _unique_ids(kind: str, records: Any) -> set[Any]:
         raise ValueError(f"there is no list of {kind} records")
     ids = set()
     for record in records:
-        if not isinstance(record, dict) or not _is_id(record.get("id")):
+        if not isinstance(record, dict) or not is_id(record.get("id")):
             raise ValueError(f"the {kind} record {str(record)[:100]} has no id that is a number or a string")
         if record["id"] in ids:
             raise ValueError(f"two {kind} records have the id {record['id']!r}; expected unique ids")
@@ -189,8 +205,9 @@ def _unique_ids(kind: str, records: Any) -> set[Any]:
     return ids
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, (int, str)) and not isinstance(value, bool)
+def is_id(value: Any) -> bool:
+    """Whether it is an id as COCO's records have it: a whole number, or text."""
+    return type(value) is int or is_text(value)
 
 
 def coco_to_image(record: dict[str, Any], row: int, annotations: Sequence[dict[str, Any]]) -> LabeledImage:
@@ -206,7 +223,7 @@ def coco_to_image(record: dict[str, Any], row: int, annotations: Sequence[dict[s
     """
     name, size_hw = name_and_size(record)
     image_id: Any = record.get("image_id", name)
-    if not _is_text(image_id):
+    if not is_text(image_id):
         raise ValueError(f"the image with id {record['id']!r} has image_id {image_id!r}; expected text, not empty")
     masks = tuple(coco_to_mask(annotation, size_hw) for annotation in annotations)
     source = EncodedImage(image_id, row, str(record["id"]), name, b"")
@@ -222,7 +239,7 @@ def name_and_size(record: dict[str, Any]) -> tuple[str, tuple[int, int]]:
     name: Any = record.get("file_name")
     width: Any = record.get("width")
     height: Any = record.get("height")
-    if not _is_text(name):
+    if not is_text(name):
         raise ValueError(f"the image with id {record['id']!r} has file_name {name!r}; expected text, not empty")
     if not all(type(side) is int and 0 < side <= _INT32_MAX for side in (width, height)):
         raise ValueError(
@@ -231,7 +248,7 @@ def name_and_size(record: dict[str, Any]) -> tuple[str, tuple[int, int]]:
     return name, (height, width)
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Whether it is a string that UTF-8 can store; JSON can also say halves of surrogate pairs."""
     try:
         return isinstance(value, str) and bool(value.encode())

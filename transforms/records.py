@@ -14,6 +14,10 @@ FORMATS = ("tfrecord", "tar", "parquet", "image")
 MAX_FAILURES_SHOWN = 10
 
 
+class DamagedFile(RuntimeError):
+    """A file is not what it should be. The message names it, says where and what is wrong, and what to do."""
+
+
 def printable(text: str) -> str:
     """Text that UTF-8 can store: bytes of a file name that are none become \\xNN."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -12,11 +12,15 @@ import apache_beam as beam
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-from transforms.records import ChunkReport, Totals
-from transforms.source import describe_error
+from transforms.records import ChunkReport, DamagedFile, Totals
+from transforms.source import describe_error, read_up_to
+from transforms.strict_json import parse_json
 from transforms.write import TEMPORARY_DIR, check_run, delete_file, delete_tree
 
 SUMMARY_FILE = "summary.json"
+
+# Of run.json, summary.json and the like. What an imported file had beside its annotations is in one, too.
+MAX_JSON_BYTES = 2**26
 
 
 def sum_totals(totals: Iterable[Totals]) -> Totals:
@@ -47,10 +51,31 @@ def replace_file(path: str) -> Iterator[IO[bytes]]:
         raise
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """Reads a JSON file from any Beam file system."""
+def read_json(path: str) -> Any:
+    """Reads a JSON file of ours from any Beam file system.
+
+    Raises:
+      ValueError: it is not JSON; says what is wrong in a few words, to stand after the path.
+      DamagedFile: it is too large.
+      OSError: it cannot be read.
+    """
+    return parse_json(read_file(path, MAX_JSON_BYTES))
+
+
+def read_file(path: str, max_bytes: int) -> bytes:
+    """All of a file on any Beam file system.
+
+    Raises:
+      DamagedFile: it is larger than max_bytes.
+      OSError: it cannot be read.
+    """
     with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-        return json.loads(file.read())
+        data = read_up_to(file, max_bytes + 1)
+    if len(data) > max_bytes:
+        raise DamagedFile(
+            f"{path} is larger than {max_bytes} bytes, more than is read of such a file. Give another, or a part of it."
+        )
+    return data
 
 
 def write_summary(totals: Totals, output: str, run: dict[str, Any]) -> Totals:
