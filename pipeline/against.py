@@ -1,24 +1,50 @@
 """maskbeam evaluate --against: which masks of one set of labels another one of the same images has, too.
 
-Both are read chunk by chunk, and may be cut into chunks differently: images are the same by their image_id.
+Both are read chunk by chunk, and may be cut into chunks differently. Images are the same by their image_id, else by
+their file name, else by their sha256: labels of one folder may have other roots, or be of a tar of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
 from pipeline.options import UsageError
 from pipeline.progress import progress_bar
-from pipeline.results import escape_controls, format_mean, format_share, format_table
+from pipeline.results import escape_controls, format_mean, format_share, format_some, format_table
 from transforms.agreement import MATCH_IOU, compare_masks
-from transforms.labels import list_chunks, read_chunk, read_chunks
+from transforms.labels import list_chunks, read_chunk, read_images
 from transforms.records import Mask
 from transforms.schema import row_to_mask
 
 _CHUNKS_IN_MEMORY = 4
+
+# What images are joined by, in this order. Photos whose sha256 differ are joined last: they may have been packed anew,
+# but only if nothing else is the same photo.
+_JOINS = (
+    ("image_id", True),
+    ("file_name", True),
+    ("sha256", True),
+    ("image_id", False),
+    ("file_name", False),
+)
+
+
+class NothingToCompare(ValueError):
+    """No image of the labels can be compared; the message says why, for people."""
+
+
+@dataclass(frozen=True)
+class ImageName:
+    """What an image is known by, as in the images table, and the chunk that it is in."""
+
+    image_id: str
+    file_name: str | None
+    sha256: str | None
+    chunk: tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -73,12 +99,14 @@ class Comparison:
       images: by image_id, those that both have and that failed in neither.
       failed: image_id -> in which labels it failed: "labels", "against" or "both". They are not compared.
       only_in_labels, only_in_against: image_id of those that one of them lacks.
+      other_ids: image_id -> that in the other labels, where it is another one.
     """
 
     images: dict[str, ComparedMasks]
     failed: dict[str, str]
     only_in_labels: tuple[str, ...]
     only_in_against: tuple[str, ...]
+    other_ids: dict[str, str]
 
     @property
     def unchanged(self) -> int:
@@ -90,33 +118,86 @@ def compare_labels(labels: str, against: str) -> Comparison:
     """Compares the masks of all images that two sets of labels have in common.
 
     Raises:
+      NothingToCompare: there is none that failed in neither.
       UsageError: one of them cannot be read, or an image has two sizes.
     """
     try:
-        place = {  # image_id -> chunk, in the other labels
-            image_id: (tables.shard, tables.index)
-            for tables in read_chunks(against)
-            for image_id in tables.images["image_id"].to_pylist()
-        }
-        return _compare(labels, against, place)
+        names, names_against = _read_names(labels), _read_names(against)
+        joined = join_images(names, names_against)
+        if not joined:
+            raise NothingToCompare(
+                f"{labels} and {against} have no image in common: {_examples(names)} and {_examples(names_against)}. "
+                "Images are the same by their image_id, else by their file_name, else by their sha256, where only one "
+                "image has it."
+            )
+        comparison = _compare(labels, against, joined, names_against)
+    except NothingToCompare:
+        raise
     except (ValueError, OSError) as error:
         raise UsageError(f"cannot compare the labels: {error}") from error
+    if not comparison.images:
+        raise NothingToCompare(
+            f"all {len(comparison.failed)} images that {labels} and {against} have in common failed in one of them."
+        )
+    return comparison
 
 
-def _compare(labels: str, against: str, place: dict[str, tuple[str, int]]) -> Comparison:
+def _read_names(labels: str) -> list[ImageName]:
+    chunks = list_chunks(labels)
+    tables = zip(chunks, read_images(labels, chunks, ["image_id", "file_name", "sha256"]), strict=True)
+    return [
+        ImageName(row["image_id"], row["file_name"], row["sha256"], chunk)
+        for chunk, table in tables
+        for row in table.to_pylist()
+    ]
+
+
+def _examples(names: list[ImageName]) -> str:
+    return format_some([f"{name.image_id} ({name.file_name})" for name in names])
+
+
+def join_images(labels: Iterable[ImageName], against: Iterable[ImageName]) -> dict[str, ImageName]:
+    """Finds which image is which in two sets of labels, by what only one image of each has.
+
+    Returns:
+      image_id in the labels -> the image in the others.
+    """
+    joined: dict[str, ImageName] = {}
+    left, right = list(labels), list(against)
+    for attribute, same_bytes in _JOINS:
+        by_value = _by_unique(right, attribute)
+        pairs = [(name, by_value[value]) for value, name in _by_unique(left, attribute).items() if value in by_value]
+        found = {a.image_id: b for a, b in pairs if not (same_bytes and _bytes_differ(a, b))}
+        taken = {other.image_id for other in found.values()}
+        left = [name for name in left if name.image_id not in found]
+        right = [name for name in right if name.image_id not in taken]
+        joined |= found
+    return joined
+
+
+def _by_unique(names: list[ImageName], attribute: str) -> dict[str, ImageName]:
+    """The images by an attribute, without those that lack it or share it."""
+    counts = Counter(getattr(name, attribute) for name in names)
+    return {value: name for name in names if (value := getattr(name, attribute)) is not None and counts[value] == 1}
+
+
+def _bytes_differ(a: ImageName, b: ImageName) -> bool:
+    return None not in (a.sha256, b.sha256) and a.sha256 != b.sha256
+
+
+def _compare(labels: str, against: str, joined: dict[str, ImageName], others: list[ImageName]) -> Comparison:
     @lru_cache(maxsize=_CHUNKS_IN_MEMORY)
     def read_other(shard: str, index: int) -> dict[str, _Image]:
         return {image.image_id: image for image in _images(against, shard, index)}
 
     compared, failed, only_in_labels = {}, {}, []
-    not_seen = set(place)
     for shard, index in progress_bar(list_chunks(labels), unit="chunk"):
         for image in _images(labels, shard, index):
-            if image.image_id not in place:
+            if image.image_id not in joined:
                 only_in_labels.append(image.image_id)
                 continue
-            not_seen.discard(image.image_id)
-            other = read_other(*place[image.image_id])[image.image_id]
+            name = joined[image.image_id]
+            other = read_other(*name.chunk)[name.image_id]
             if image.failed or other.failed:
                 both = image.failed and other.failed
                 failed[image.image_id] = "both" if both else "labels" if image.failed else "against"
@@ -127,7 +208,10 @@ def _compare(labels: str, against: str, place: dict[str, tuple[str, int]]) -> Co
                     f"{against}. Label both with the same --exif."
                 )
             compared[image.image_id] = _compare_image(image.masks, other.masks)
-    return Comparison(compared, failed, tuple(only_in_labels), tuple(sorted(not_seen)))
+    taken = {name.image_id for name in joined.values()}
+    only_in_against = sorted(name.image_id for name in others if name.image_id not in taken)
+    other_ids = {image_id: name.image_id for image_id, name in joined.items() if image_id != name.image_id}
+    return Comparison(compared, failed, tuple(only_in_labels), tuple(only_in_against), other_ids)
 
 
 @dataclass(frozen=True)
@@ -158,6 +242,7 @@ def format_comparison(comparison: Comparison, labels: str, against: str) -> str:
     lines = [escape_controls(f"failed in {where}: {image_id}") for image_id, where in comparison.failed.items()]
     table = [
         ("images in both", str(len(comparison.images) + len(comparison.failed)), ""),
+        ("  with another image_id: joined by file_name or sha256", str(len(comparison.other_ids)), ""),
         ("  failed in one or both, not compared", str(len(comparison.failed)), ""),
         (
             "  without a lost or new mask",
@@ -189,5 +274,6 @@ def comparison_to_dict(comparison: Comparison) -> dict[str, Any]:
         "failed": comparison.failed,
         "only_in_labels": comparison.only_in_labels,
         "only_in_against": comparison.only_in_against,
+        "other_ids": comparison.other_ids,
         "images": [{"image_id": image_id, **masks.to_dict()} for image_id, masks in comparison.images.items()],
     }

@@ -6,6 +6,7 @@ counts as an image without masks, and is named.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -13,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from pipeline.against import compare_labels, comparison_to_dict, format_comparison
+from pipeline.against import NothingToCompare, compare_labels, comparison_to_dict, format_comparison
 from pipeline.options import UsageError, parse_job
 from pipeline.progress import progress_bar
 from pipeline.results import escape_controls, format_some, format_table, write_picture, write_result
-from pipeline.run import EXIT_DONE
+from pipeline.run import EXIT_DONE, EXIT_FAILED
 from transforms import rle
 from transforms.labels import ChunkTables, read_chunks
 from transforms.recall import (
@@ -51,7 +52,8 @@ class EvaluateConfig:
       labels: directory of labels, as `label`, `refine` or `import` writes it, on any Beam file system.
       truth: COCO instances JSON, masks as polygons or RLE. An image of it is the one of the labels whose image_id or
         file_name is its file_name, letter by letter.
-      against: directory of other labels of the same images, instead of a truth. Images are the same by their image_id.
+      against: directory of other labels of the same images, instead of a truth. Images are the same by their image_id,
+        else by their file_name, else by their sha256. Those that both have are compared.
       allow_missing: evaluate the images that labels and truth have in common, instead of refusing if one lacks some.
       rank_by: column that orders an image's masks, which decides about the first 10, 100 and 1000: rank, the lowest
         first, or predicted_iou, the highest first, equal ones by mask_index.
@@ -72,6 +74,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if (self.truth is None) == (self.against is None):
             raise ValueError("exactly one of --truth and --against must be given.")
+        if self.against is not None and self.allow_missing:
+            raise ValueError(
+                "allow_missing is for --truth. --against compares the images that both have, and counts the others."
+            )
         if self.plot is not None and (self.truth is None or not self.plot.endswith(".png")):
             raise ValueError(f"plot is {self.plot}; expected a file that ends in .png, and --truth beside it.")
         if self.rank_by not in RANKINGS:
@@ -127,12 +133,16 @@ def main(argv: list[str]) -> int:
     """Parses the flags and compares."""
     config = parse_evaluate(argv).evaluation
     write_result(config.json, {})  # that it cannot be written is told now, not after the work
-    if config.truth is not None:
-        evaluate_truth(config, config.truth)
-    if config.against is not None:
-        comparison = compare_labels(config.labels, config.against)
-        print(format_comparison(comparison, config.labels, config.against))
-        write_result(config.json, {"evaluation": asdict(config), **comparison_to_dict(comparison)})
+    try:
+        if config.truth is not None:
+            evaluate_truth(config, config.truth)
+        if config.against is not None:
+            comparison = compare_labels(config.labels, config.against)
+            print(format_comparison(comparison, config.labels, config.against))
+            write_result(config.json, {"evaluation": asdict(config), **comparison_to_dict(comparison)})
+    except NothingToCompare as error:
+        print(f"maskbeam: {escape_controls(str(error))}", file=sys.stderr)
+        return EXIT_FAILED
     return EXIT_DONE
 
 
@@ -145,6 +155,7 @@ def evaluate_truth(config: EvaluateConfig, truth_path: str) -> None:
     """Holds the labels against a truth, prints the result and writes it as JSON and as a plot.
 
     Raises:
+      NothingToCompare: no image is in both.
       UsageError: labels or truth cannot be used, or an image is not in both.
     """
     try:
@@ -177,6 +188,7 @@ def join_truth(truth: dict[str, TruthImage], rows: Iterable[dict[str, Any]], all
       allow_missing: leave out images that are not in both.
 
     Raises:
+      NothingToCompare: no image is in both.
       UsageError: an image may be two, is of another size in the truth, or is missing on a side.
     """
     found: dict[str, TruthImage] = {}
@@ -211,7 +223,7 @@ def join_truth(truth: dict[str, TruthImage], rows: Iterable[dict[str, Any]], all
         found[image_id] = truth[name]
     joined = Joined(found, failed, tuple(only_in_labels), tuple(name for name in truth if name not in owners))
     if not found:
-        raise UsageError(
+        raise NothingToCompare(
             f"labels and truth have no image in common: the labels have {format_some(joined.only_in_labels)}, the "
             f"truth {format_some(joined.only_in_truth)}. A file_name of the truth must be an image_id or file_name of "
             "the labels."

@@ -117,6 +117,9 @@ def _label(
     print(summary(totals, outcome, matched.ignored, job.output.output))
     if orphans := count_orphans(committed_chunks(job.output.output), matched.shards):
         print(f"{orphans} chunks in {job.output.output} are of inputs that are not there any more; their rows stay")
+    if totals.failed == totals.images:
+        print(f"maskbeam: {describe_no_result(totals)}", file=sys.stderr)
+        return EXIT_FAILED
     return EXIT_DONE
 
 
@@ -268,6 +271,16 @@ def _last_line(error: BaseException) -> str:
     """The line that says what happened, without the stack trace and the step's name that runners add."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].partition(" [while running ")[0] if lines else type(error).__name__
+
+
+def describe_no_result(totals: Totals) -> str:
+    """The sentence about a run none of whose images was labeled."""
+    if not totals.images:
+        return "nothing was labeled: the input has no images. Check --input."
+    return (
+        f"nothing was labeled: all {totals.images} images failed, for the reasons above. Their rows stay. Mend the input, "
+        "and run the same command with --retry_failed."
+    )
 
 
 def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output: str) -> str:

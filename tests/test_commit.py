@@ -6,23 +6,31 @@ there if its images file is.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
+import multiprocessing
+import os
 import random
+import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from apache_beam.io.filesystems import FileSystems
 
 from pipeline.identity import claim_output
 from pipeline.options import UsageError
 from tests.memory_store import STORE
 from tests.test_write import MASK, SHARD, chunk_of, failed, labeled
 from transforms.read import chunk_digest
-from transforms.records import LabeledChunk, Totals
-from transforms.resume import committed_chunks, finished_reports
+from transforms.records import LabeledChunk, Seconds, Totals
+from transforms.resume import committed_chunks, finished_reports, read_report
 from transforms.schema import RUN_KEY
 from transforms.summary import read_json, write_json, write_summary
 from transforms.write import OutputConfig, RunReplaced, chunk_name, commit_chunk
@@ -62,11 +70,13 @@ OLD_VIEW: View = (["labeled", "failed"], [0.5])
 NEW_VIEW: View = (["labeled", "labeled"], [0.5, 0.5])
 
 
-def start_from(before: LabeledChunk | None) -> View | None:
+def start_from(before: LabeledChunk | None, run_id: str = "0") -> View | None:
+    """A store of the run CLAIMED; the chunk there is of another run, unless its id is given."""
     STORE.reset()
-    write_json(f"{OUTPUT}/run.json", CLAIMED)
     if before is not None:
-        commit_chunk(before, OUTPUT, CLAIMED)
+        write_json(f"{OUTPUT}/run.json", {**RUN, "id": run_id})
+        commit_chunk(before, OUTPUT, {**RUN, "id": run_id})
+    write_json(f"{OUTPUT}/run.json", CLAIMED)
     return None if before is None else OLD_VIEW
 
 
@@ -106,7 +116,8 @@ def num_requests(before: LabeledChunk | None) -> int:
     return count()
 
 
-@pytest.mark.parametrize("before", [None, OLD], ids=["first", "again"])
+# A chunk that a start of an earlier run left there is no obstacle.
+@pytest.mark.parametrize("before", [None, OLD], ids=["first", "replacing"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_request_that_fails_once_is_made_up_for(before: LabeledChunk | None, when: str) -> None:
     for number in range(1, num_requests(before) + 1):
@@ -119,7 +130,7 @@ def test_a_request_that_fails_once_is_made_up_for(before: LabeledChunk | None, w
         assert all(found in (None, old, NEW_VIEW) for found in seen)
 
 
-@pytest.mark.parametrize("before", [None, OLD], ids=["first", "again"])
+@pytest.mark.parametrize("before", [None, OLD], ids=["first", "replacing"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_store_that_is_gone_for_good_leaves_a_whole_chunk_or_none(before: LabeledChunk | None, when: str) -> None:
     told = 0
@@ -140,6 +151,188 @@ def test_a_store_that_is_gone_for_good_leaves_a_whole_chunk_or_none(before: Labe
         write_summary(Totals(), OUTPUT, CLAIMED)
         assert not temporaries()
     assert told >= num_requests(before) - 1  # the last deletion may fail without harm, but is told, too
+
+
+# A second attempt at a chunk that is committed for this run already.
+
+
+class Killed(BaseException):
+    """kill -9: nothing cleans up."""
+
+
+def second_attempts(chunk: LabeledChunk) -> Iterator[bool]:
+    """Attempts at a chunk that is there, each killed a request later; True for the one that came to its end."""
+    for number in range(1, 100):
+        start_from(OLD, CLAIMED["id"])
+        seen: list[View | None] = []
+        left = number
+
+        def request(kind: str, path: str) -> None:
+            nonlocal left
+            seen.append(view())  # noqa: B023
+            left -= 1
+            if left <= 0:  # and so does every request of its cleaning up
+                raise Killed
+
+        STORE.on_request = request
+        ended = False
+        with contextlib.suppress(Killed):
+            report = commit_chunk(chunk, OUTPUT, CLAIMED)
+            assert report.totals.failed == 1, "the report is that of the committed chunk"
+            ended = True
+        heal()
+        assert all(found == OLD_VIEW for found in seen), (number, seen)
+        yield ended
+        if ended:
+            assert number > 5
+            return
+
+
+def test_a_second_attempt_killed_at_any_request_never_touches_the_committed_chunk() -> None:
+    files = {}
+    for ended in second_attempts(NEW):
+        files = {path: data for path, data in STORE.objects.items() if "/_tmp/" not in path}
+        assert view() == OLD_VIEW
+        assert not ended or not temporaries()
+    start_from(OLD, CLAIMED["id"])
+    assert files.keys() == STORE.objects.keys()
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_on_a_disk_too_a_second_attempt_killed_at_any_call_never_touches_the_committed_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    output = str(tmp_path)
+    write_json(f"{output}/run.json", CLAIMED)
+    commit_chunk(OLD, output, CLAIMED)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}
+    calls = left = 0
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def killed_at_some_call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls, left
+            calls, left = calls + 1, left - 1
+            assert {path: path.read_bytes() for path in before} == before
+            if left == 0:
+                left = 1
+                raise Killed
+            return call(*args, **kwargs)
+
+        return killed_at_some_call
+
+    for name in ("create", "open", "exists", "rename", "delete", "mkdirs"):
+        monkeypatch.setattr(FileSystems, name, watched(getattr(FileSystems, name)))
+    for name in ("remove", "unlink", "rename", "replace"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    monkeypatch.setattr(os, "link", watched(os.link) if links else refuse_link)
+    ended = False
+    for number in range(1, 100):
+        left = number
+        with contextlib.suppress(Killed):
+            commit_chunk(NEW, output, CLAIMED)
+            ended = True
+        assert {path: path.read_bytes() for path in before} == before
+        if ended:
+            break
+    assert ended and calls > 10
+
+
+def refuse_link(source: str, destination: str) -> None:
+    raise OSError(errno.EPERM, "no hard links here")
+
+
+def test_a_first_attempt_publishes_on_a_disk_without_hard_links_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", refuse_link)
+    commit_chunk(NEW, str(tmp_path), RUN)
+    assert committed_chunks(str(tmp_path)) == {SHARD.name: [0]}
+    assert not list((tmp_path / "_tmp").iterdir())
+
+
+def test_an_attempt_overtaken_right_before_it_publishes_throws_its_files_away(tmp_path: Path) -> None:
+    """Both find nothing committed; the other one is done first."""
+    output = str(tmp_path)
+    link, overtaken = os.link, False
+
+    def overtake(source: str, destination: str) -> None:
+        nonlocal overtaken
+        if not overtaken:
+            overtaken = True
+            commit_chunk(OLD, output, RUN)
+        link(source, destination)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "link", overtake)
+        report = commit_chunk(NEW, output, RUN)
+    assert overtaken and report.totals.failed == 1
+    rows = pq.read_table(tmp_path / "images").to_pylist()
+    assert [row["status"] for row in rows] == ["labeled", "failed"]
+    assert not list((tmp_path / "_tmp").iterdir())
+
+
+@pytest.mark.parametrize("keep_candidates", [False, True])
+def test_attempts_at_a_chunk_differ_in_nothing_but_the_images_file(tmp_path: Path, keep_candidates: bool) -> None:
+    for name, seconds in (("a", Seconds(decode=1.0)), ("b", Seconds(decode=2.5))):
+        image = replace(labeled(0), seconds=seconds)
+        commit_chunk(replace(chunk_of(image), keep_candidates=keep_candidates), str(tmp_path / name), RUN)
+    for path in (tmp_path / "a").rglob("*.parquet"):
+        same = path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+        assert same == (path.parent.name != "images"), path
+
+
+@pytest.mark.processes
+def test_two_processes_race_on_one_chunk_and_one_is_killed_at_random(tmp_path: Path) -> None:
+    """Fifty rounds. Whoever is killed when, the chunk that is there after one of them ended is whole and stays."""
+    coin = random.Random(0)
+    # Forked from a process that has imported everything and has no threads: Arrow's would be missing in a child.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.test_commit"])
+    alone = tmp_path / "alone"
+    commit_chunk(NEW, str(alone), RUN)
+    rows = {kind: pq.read_table(alone / kind).to_pylist() for kind in ("annotations", "candidates", "images")[::2]}
+    killed = 0
+    for number in range(50):
+        output = tmp_path / str(number)
+        write_json(f"{output}/run.json", CLAIMED)
+        barrier = processes.Barrier(2)
+        racers = [
+            processes.Process(target=race, args=(barrier, str(output), coin.randrange(130) if role else None))
+            for role in range(2)
+        ]
+        for racer in racers:
+            racer.start()
+        for racer in racers:
+            racer.join(120)
+        assert racers[0].exitcode == 0, number
+        killed += racers[1].exitcode == -signal.SIGKILL
+        for kind, expected in rows.items():
+            assert pq.read_table(output / kind).to_pylist() == expected, (number, kind)
+        assert committed_chunks(str(output)) == {SHARD.name: [0]}
+        report = read_report(str(output), SHARD.name, 0)
+        assert report is not None
+        summary = write_summary(report.totals, str(output), CLAIMED)
+        assert (summary.images, summary.masks) == (2, 2) and not (output / "_tmp").exists()
+    assert killed > 10
+
+
+def race(barrier: Any, output: str, lines: int | None) -> None:
+    """Commits a chunk; is killed after so many steps of Python's own in write.py, if it gets that far."""
+    barrier.wait()
+    if lines is not None:
+        left = lines
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename != commit_chunk.__code__.co_filename:
+                return None
+            left -= event == "line"
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        sys.settrace(trace)
+    commit_chunk(NEW, output, CLAIMED)
 
 
 def test_a_commit_that_lost_its_temporary_files_to_another_starts_cleaning_is_done_again() -> None:
@@ -296,6 +489,7 @@ def check_rows(ious: tuple[float, ...]) -> None:
     assert not temporaries()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("seed", range(60))
 def test_two_starts_of_one_run_end_in_the_same_rows(seed: int) -> None:
     assert claim_output(OUTPUT, {**RUN, "amg": {"pred_iou_thresh": 0.5}}, False)["id"]
@@ -303,6 +497,7 @@ def test_two_starts_of_one_run_end_in_the_same_rows(seed: int) -> None:
     check_rows((0.5,))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("seed", range(60))
 def test_of_two_first_starts_one_ends_well_and_the_other_too_or_is_told(seed: int) -> None:
     results = run_two(seed, 0.5, 0.5, overwrite=False)
@@ -310,6 +505,7 @@ def test_of_two_first_starts_one_ends_well_and_the_other_too_or_is_told(seed: in
     check_rows((0.5,))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("seed", range(60))
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_starts_of_different_runs_never_mix_their_rows(seed: int, overwrite: bool) -> None:
@@ -318,6 +514,7 @@ def test_starts_of_different_runs_never_mix_their_rows(seed: int, overwrite: boo
     check_rows((0.5, 0.25))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("seed", range(60))
 def test_a_start_that_overwrites_what_another_goes_on_with_never_mixes_their_rows(seed: int) -> None:
     do_start(Schedule(0), "x", 0.5)

@@ -17,9 +17,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from pipeline import cli, demo
+from pipeline.against import ImageName, join_images
 from pipeline.evaluate import RANKINGS, ranked_order
 from tests.cocoeval import cocoeval_recall
 from tests.conftest import Labels, label, photo_bytes, read_labels, write_photos
+from tests.test_read import tar_bytes
 from transforms.recall import AREA_RANGES, MAX_PROPOSALS
 
 SIZE = [48, 64]  # of the photos
@@ -332,7 +334,6 @@ def test_images_have_their_path_or_their_name(tmp_path: Path, write_truth: Calla
     [
         (["0.png"], "0.png of the truth is two images of the labels: a/0.png and b/0.png"),
         (["a/0.png", "0.png"], "a/0.png of the labels is two images of the truth"),
-        (["x.png"], "no image in common: the labels have a/0.png, b/0.png, the truth x.png"),
         (["a/0.png"], "1 images are in the labels but not in the truth: b/0.png"),
     ],
 )
@@ -350,6 +351,17 @@ def test_what_is_ambiguous_or_missing_is_an_error(
     truth = write_truth({"images": images, "annotations": []})
     assert evaluate("--labels", tmp_path / "labels", "--truth", truth) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_truth_of_other_images_fails(
+    labels: Path, tmp_path: Path, write_truth: Callable[[Any], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth = {"images": [{"id": 1, "file_name": "x.png", "height": 48, "width": 64}], "annotations": []}
+    for flags in ([], ["--allow_missing"]):
+        assert evaluate("--labels", labels, "--truth", write_truth(truth), *flags) == 1
+        assert (
+            "no image in common: the labels have 0.png, 1.png, 2.png, ..., the truth x.png" in capsys.readouterr().err
+        )
 
 
 def break_size(truth: dict[str, Any]) -> None:
@@ -397,6 +409,7 @@ def test_a_truth_that_does_not_fit_is_an_error(
         (["--truth", "t.json", "--seed", "-1"], "seed must be at least 0"),
         (["--truth", "t.json", "--plot", "x.jpg"], "plot is x.jpg"),
         (["--against", "other", "--plot", "x.png"], "--truth beside it"),
+        (["--against", "other", "--allow_missing"], "allow_missing is for --truth"),
         (["--against", "no/labels"], "no/labels holds no labels: there is no run.json"),
         (["--against", "no/labels", "--json", "{labels}"], "cannot write --json"),
     ],
@@ -455,7 +468,9 @@ def test_a_higher_threshold_loses_masks(
     for name, threshold in (("low", "0.8"), ("high", "0.85")):
         flags = ["--pred_iou_thresh", threshold, "--box_nms_thresh", "1"]
         assert label("--input", photos, "--output", tmp_path / name, *flags) == 0
-        (photos / "6.png").rename(photos / "7.png") if name == "low" else None
+        if name == "low":
+            (photos / "6.png").unlink()
+            write_photos(photos, 1, first=7)
     low, high = (read_labels(tmp_path / name) for name in ("low", "high"))
     common = {f"{number}.png" for number in range(5)}
 
@@ -492,3 +507,87 @@ def test_another_size_is_an_error(
     assert label("--input", photos, "--output", tmp_path / "other") == 0
     assert evaluate("--labels", labels, "--against", tmp_path / "other") == 2
     assert "3.png has the size (48, 64) (H, W) in" in capsys.readouterr().err
+
+
+def test_labels_of_a_folder_and_of_a_tar_of_it_are_compared(
+    labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tar has the photos by names that say nothing, and one that the folder lacks."""
+    (tmp_path / "a.tar").write_bytes(tar_bytes(*((f"{n}.{n}.png", photo_bytes(n)) for n in range(2, 7))))
+    assert label("--input", tmp_path / "a.tar", "--output", tmp_path / "other", "--pred_iou_thresh", "0.8") == 0
+    content = compare(labels, tmp_path / "other", tmp_path / "result.json")
+    assert content["other_ids"] == {f"{n}.png": f"a.tar#{n - 2}" for n in range(2, 6)}
+    assert (content["only_in_labels"], content["only_in_against"]) == (["0.png", "1.png", "broken.png"], ["a.tar#4"])
+    assert content["summary"]["images"] == content["summary"]["unchanged"] == 4 and content["summary"]["masks"] > 20
+    told = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "with another image_id: joined by file_name or sha256 4" in told
+
+
+def test_labels_with_another_root_are_compared(labels: Path, tmp_path: Path) -> None:
+    """deep/0.png is not 0.png of the labels, but 1.png is 1.png."""
+    write_photos(tmp_path / "photos/deep", 3)
+    write_photos(tmp_path / "photos", 1, first=3)
+    assert label("--input", tmp_path / "photos", "--output", tmp_path / "other", "--pred_iou_thresh", "0.8") == 0
+    content = compare(labels, tmp_path / "other", tmp_path / "result.json")
+    assert content["other_ids"] == {f"{n}.png": f"deep/{n}.png" for n in range(3)}
+    assert [row["image_id"] for row in content["images"]] == [f"{n}.png" for n in range(4)]
+    assert content["summary"]["unchanged"] == 4
+
+
+def test_labels_without_an_image_in_common_fail(
+    labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_photos(tmp_path / "photos", 2, first=7)
+    assert label("--input", tmp_path / "photos", "--output", tmp_path / "other") == 0
+    capsys.readouterr()
+    assert evaluate("--labels", labels, "--against", tmp_path / "other") == 1
+    told = capsys.readouterr()
+    assert told.out == "" and len(told.err.splitlines()) == 1
+    assert (
+        "have no image in common: 0.png (0.png), 1.png (1.png), 2.png (2.png), ... and 7.png (7.png), 8.png" in told.err
+    )
+    assert "by their image_id, else by their file_name, else by their sha256" in told.err
+
+
+def test_labels_whose_common_images_all_failed_fail(
+    labels: Path, tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(6):
+        (photos / f"{number}.png").write_bytes(b"")
+    write_photos(photos, 1, first=7)
+    assert label("--input", photos, "--output", tmp_path / "other") == 0
+    assert evaluate("--labels", labels, "--against", tmp_path / "other") == 1
+    assert "all 6 images that" in capsys.readouterr().err
+
+
+def name_of(image_id: str, file_name: str | None = None, sha256: str | None = None) -> ImageName:
+    return ImageName(image_id, file_name, sha256, ("shard", 0))
+
+
+@pytest.mark.parametrize(
+    ("labels", "against", "joined"),
+    [
+        ([name_of("a")], [name_of("a")], {"a": "a"}),
+        ([name_of("a", "n")], [name_of("b", "n")], {"a": "b"}),
+        ([name_of("a", "n", "s")], [name_of("b", "m", "s")], {"a": "b"}),
+        ([name_of("a", "n", "s")], [name_of("b", "m", "t")], {}),
+        ([name_of("a")], [name_of("b")], {}),  # None is no name
+        # Two images of one name are neither, unless one is taken or their bytes say more.
+        ([name_of("a", "n"), name_of("b", "n")], [name_of("c", "n")], {}),
+        ([name_of("a", "n"), name_of("b", "n")], [name_of("a", "n"), name_of("c", "n")], {"a": "a", "b": "c"}),
+        ([name_of("a", "n", "s"), name_of("b", "n", "t")], [name_of("c", "n", "t")], {"b": "c"}),
+        # Equal names with other bytes are the same image only if nothing else is.
+        ([name_of("a", None, "s")], [name_of("a", None, "t")], {"a": "a"}),
+        ([name_of("a", None, "s")], [name_of("a", None, "t"), name_of("b", None, "s")], {"a": "b"}),
+        ([name_of("a", "n", "s")], [name_of("b", "n", "t")], {"a": "b"}),
+        ([name_of("a", "n", "s")], [name_of("b", "n", None)], {"a": "b"}),
+        # Two copies of a photo are not told apart by their bytes.
+        ([name_of("a", "n", "s"), name_of("b", "m", "s")], [name_of("c", "k", "s")], {}),
+    ],
+)
+def test_images_are_joined_by_what_only_one_has(
+    labels: list[ImageName], against: list[ImageName], joined: dict[str, str]
+) -> None:
+    assert {image_id: name.image_id for image_id, name in join_images(labels, against).items()} == joined
+    turned = {image_id: name.image_id for image_id, name in join_images(against, labels).items()}
+    assert turned == {other: image_id for image_id, other in joined.items()}

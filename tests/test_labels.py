@@ -84,7 +84,5 @@ def test_tables_of_somebody_else_are_named(labels: Path) -> None:
 
 def test_files_that_do_not_belong_together_are_an_error(labels: Path) -> None:
     (labels / "images" / "@root-00001.parquet").write_bytes((labels / "images" / "@root-00000.parquet").read_bytes())
-    with pytest.raises(
-        DamagedFile, match=r"annotations/@root-00001\.parquet .* mask 0 of '2\.png': its image is not in"
-    ):
+    with pytest.raises(DamagedFile, match=r"annotations/@root-00001\.parquet .* mask 0 of '2\.png': its image is not"):
         list(read_chunks(str(labels)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,16 +90,21 @@ def test_candidates_are_a_third_file_and_the_images_file_stays_the_commit_mark(
     candidate = replace(unstable, stability_score=0.75, counts=MASK.counts, area=MASK.area)
     image = replace(labeled(0), candidates=((candidate, unstable), (candidate,)))
     chunk = replace(chunk_of(image, failed(1)), keep_candidates=True)
-    renamed: list[str] = []
-    rename = FileSystems.rename
+    published: list[str] = []
+    rename, link = FileSystems.rename, os.link
 
-    def note(sources: list[str], destinations: list[str]) -> None:
-        renamed.extend(Path(path).parent.name for path in destinations)
+    def note_rename(sources: list[str], destinations: list[str]) -> None:
+        published.extend(Path(path).parent.name for path in destinations)
         rename(sources, destinations)
 
-    monkeypatch.setattr(FileSystems, "rename", note)
+    def note_link(source: str, destination: str) -> None:
+        published.append(Path(destination).parent.name)
+        link(source, destination)
+
+    monkeypatch.setattr(FileSystems, "rename", note_rename)
+    monkeypatch.setattr(os, "link", note_link)
     commit_chunk(chunk, str(tmp_path), RUN)
-    assert sorted(renamed) == ["annotations", "candidates", "images"] and renamed[-1] == "images"
+    assert sorted(published) == ["annotations", "candidates", "images"] and published[-1] == "images"
     rows = pq.read_table(tmp_path / "candidates" / "a%2Fs.tar-00000.parquet").to_pylist()
     assert [(row["crop_index"], row["area"]) for row in rows] == [(0, 2), (0, None), (1, 2)]
     assert rows[0]["segmentation"] == {"size": [2, 2], "counts": "22"} and rows[1]["segmentation"] is None
@@ -175,7 +181,11 @@ def test_half_a_commit_is_none_and_the_next_one_repairs_it(
             raise BeamIOError("the disk is gone")
         rename(sources, destinations)
 
+    def breaks_too(source: str, destination: str) -> None:
+        raise OSError("the disk is gone")
+
     monkeypatch.setattr(FileSystems, "rename", breaks)
+    monkeypatch.setattr(os, "link", breaks_too)
     monkeypatch.setattr("transforms.write.RETRY_SECONDS", (0,))
     with pytest.raises(OSError, match=r"cannot write the chunk a%2Fs\.tar-00000\..*2 times.*the disk is gone"):
         commit_chunk(chunk_of(labeled(0)), str(tmp_path), RUN)
@@ -187,9 +197,11 @@ def test_half_a_commit_is_none_and_the_next_one_repairs_it(
     assert files(tmp_path) == both("a%2Fs.tar-00000.parquet") | {"summary.json"}
 
 
-def test_a_chunk_done_twice_replaces_its_files(tmp_path: Path) -> None:
-    for _ in range(2):
-        commit_chunk(chunk_of(labeled(0)), str(tmp_path), RUN)
+def test_a_chunk_done_twice_keeps_the_files_of_the_first_attempt(tmp_path: Path) -> None:
+    commit_chunk(chunk_of(labeled(0)), str(tmp_path), RUN)
+    before = {path: path.stat().st_ino for path in tmp_path.rglob("*.parquet")}
+    commit_chunk(chunk_of(labeled(0)), str(tmp_path), RUN)
+    assert {path: path.stat().st_ino for path in tmp_path.rglob("*.parquet")} == before
     assert [pq.read_table(path).num_rows for path in tmp_path.rglob("*.parquet")] == [1, 1]
 
 

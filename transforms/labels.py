@@ -158,9 +158,7 @@ def read_chunk(labels: str, shard: str, index: int) -> ChunkTables:
     """
     max_pixels, categories = _limits(labels, _read_run(labels))
     name = chunk_name(shard, index)
-    with _reading(FileSystems.join(labels, IMAGES_DIR, name)) as file:
-        images = _read_table(file, IMAGES)
-        check_images(images, max_pixels)
+    images = _read_checked_images(labels, name, max_pixels)
     with _reading(FileSystems.join(labels, ANNOTATIONS_DIR, name)) as file:
         annotations = _read_table(file, ANNOTATIONS)
         check_annotations(annotations, images, categories)
@@ -179,17 +177,20 @@ def read_chunks(labels: str) -> Iterator[ChunkTables]:
 
 
 def read_image_ids(labels: str, chunks: list[tuple[str, int]]) -> Iterator[str]:
-    """The ids of all images of the chunks, of which nothing else is read.
+    """The ids of all images of the chunks; see read_images."""
+    for images in read_images(labels, chunks, ["image_id"]):
+        yield from images["image_id"].to_pylist()
+
+
+def read_images(labels: str, chunks: list[tuple[str, int]], columns: list[str]) -> Iterator[pa.Table]:
+    """Columns of the images table of each chunk, of which the annotations are not read.
 
     Raises:
-      DamagedFile: a file is damaged, or is not one of ours.
+      DamagedFile: a file is not what it should be; names it, and the row.
     """
+    max_pixels, _ = _limits(labels, _read_run(labels))
     for shard, index in chunks:
-        with _reading(FileSystems.join(labels, IMAGES_DIR, chunk_name(shard, index))) as file:
-            image_ids = read_table(file, IMAGES, ["image_id"])["image_id"].to_pylist()
-            if None in image_ids:
-                raise ValueError(f"row {image_ids.index(None)} has no image_id")
-        yield from image_ids
+        yield _read_checked_images(labels, chunk_name(shard, index), max_pixels).select(columns)
 
 
 def read_candidates(
@@ -208,6 +209,13 @@ def read_candidates(
         candidates = read_table(file, CANDIDATES, columns)
         check_candidates(candidates, images, config)
     return candidates
+
+
+def _read_checked_images(labels: str, name: str, max_pixels: int) -> pa.Table:
+    with _reading(FileSystems.join(labels, IMAGES_DIR, name)) as file:
+        images = _read_table(file, IMAGES)
+        check_images(images, max_pixels)
+    return images
 
 
 def _read_table(file: IO[bytes], schema: pa.Schema) -> pa.Table:

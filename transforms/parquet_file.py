@@ -43,7 +43,13 @@ def open_parquet(file: IO[bytes], text: Sequence[str] = ()) -> pq.ParquetFile:
       ValueError: it is damaged, or nests too deep.
     """
     _check_nesting(read_footer(file))
-    return pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False, read_dictionary=list(text))
+    return pq.ParquetFile(
+        file,
+        buffer_size=_BUFFER_BYTES,
+        pre_buffer=False,
+        read_dictionary=list(text),
+        page_checksum_verification=True,  # where there are checksums
+    )
 
 
 def read_table(file: IO[bytes], schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
@@ -67,8 +73,7 @@ def read_table(file: IO[bytes], schema: pa.Schema, columns: Sequence[str]) -> pa
         raise ValueError(f"its footer has {len(footer)} bytes; at most {_MAX_FOOTER_BYTES} are read")
     _check_nesting(footer)
     expected = _part_of(schema, columns)
-    parquet = open_parquet(file, _text_columns(expected))
-    found = parquet.schema_arrow
+    found = open_parquet(file).schema_arrow
     for field in expected:
         if field.name not in found.names:
             raise ValueError(f"it has no column {field.name}: it was not written by maskbeam, or by another version")
@@ -76,7 +81,7 @@ def read_table(file: IO[bytes], schema: pa.Schema, columns: Sequence[str]) -> pa
             raise ValueError(f"its column {field.name} is {found.field(field.name).type}; expected {field.type}")
     allowed = _FREE_INFLATION + _MAX_INFLATION * num_bytes
     _check_pages(file, footer, expected, allowed)
-    table = parquet.read(list(columns), use_threads=False)
+    table = open_parquet(file, _text_columns(expected)).read(list(columns), use_threads=False)
     if (text_bytes := _text_bytes(table)) > allowed:
         raise ValueError(f"its {num_bytes} bytes hold {text_bytes} of text: no table of masks does")
     # Nulls are left to who knows what a row is called.

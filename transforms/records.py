@@ -320,6 +320,7 @@ class ChunkReport:
       digest, source: the state of the chunk's source when it was labeled, for machines and for people.
       final: True for the shard's last chunk.
       run_id: the id in run.json when it was committed.
+      siblings: bytes of the files that were committed with it, by their directories; None before version 2.
     """
 
     shard: str
@@ -329,3 +330,4 @@ class ChunkReport:
     source: str
     totals: Totals
     run_id: str | None = None
+    siblings: dict[str, int] | None = None

@@ -6,13 +6,10 @@ import bisect
 from collections.abc import Collection, Iterator
 
 import apache_beam as beam
-from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-from transforms.parquet_file import open_parquet
 from transforms.read import ReadConfig, chunk_digest, read_chunks
 from transforms.records import Chunk, ChunkReport, Shard
-from transforms.schema import report_from_metadata
 from transforms.write import (
     ANNOTATIONS_DIR,
     CANDIDATES_DIR,
@@ -21,6 +18,7 @@ from transforms.write import (
     chunk_name,
     escape_glob,
     parse_chunk_name,
+    read_report_file,
 )
 
 FINISHED = "finished"
@@ -83,16 +81,7 @@ def read_report(output: str, shard: str, index: int) -> ChunkReport | None:
 
     None, too, if the file is gone: another start is at work in the directory, and has just taken it away.
     """
-    path = FileSystems.join(output, IMAGES_DIR, chunk_name(shard, index))
-    try:
-        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-            return report_from_metadata(open_parquet(file).schema_arrow.metadata)
-    except (ValueError, KeyError, TypeError):  # pyarrow's errors of broken files are ValueErrors, too
-        return None
-    except Exception:  # each file system has an error of its own for this
-        if FileSystems.exists(path):
-            raise
-        return None
+    return read_report_file(FileSystems.join(output, IMAGES_DIR, chunk_name(shard, index)))
 
 
 def finished_reports(

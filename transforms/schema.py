@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
@@ -266,22 +266,31 @@ def chunk_to_candidates(chunk: LabeledChunk, report: ChunkReport, run: dict[str,
         "area": [candidate.area for candidate in candidates],
     }
     arrays = [pa.array(columns[field.name], field.type) for field in CANDIDATES]
-    return pa.Table.from_arrays(arrays, schema=CANDIDATES.with_metadata(_metadata(report, run)))
+    return pa.Table.from_arrays(arrays, schema=CANDIDATES.with_metadata(_metadata_without_totals(report, run)))
 
 
 def chunk_to_tables(chunk: LabeledChunk, report: ChunkReport, run: dict[str, Any]) -> tuple[pa.Table, pa.Table]:
     """The annotations and images tables of a chunk, with the report and run.json's content in their metadata."""
-    metadata = _metadata(report, run)
     annotations = [row for image in chunk.images for row in annotation_rows(image)]
     images = [image_row(image, chunk.shard.path) for image in chunk.images]
     return (
-        pa.Table.from_pylist(annotations, schema=ANNOTATIONS.with_metadata(metadata)),
-        pa.Table.from_pylist(images, schema=IMAGES.with_metadata(metadata)),
+        pa.Table.from_pylist(annotations, schema=ANNOTATIONS.with_metadata(_metadata_without_totals(report, run))),
+        pa.Table.from_pylist(images, schema=IMAGES.with_metadata(_metadata(report, run))),
     )
 
 
 def _metadata(report: ChunkReport, run: dict[str, Any]) -> dict[bytes, str]:
     return {REPORT_KEY: json.dumps(asdict(report)), RUN_KEY: json.dumps(run, sort_keys=True)}
+
+
+def _metadata_without_totals(report: ChunkReport, run: dict[str, Any]) -> dict[bytes, str]:
+    """For the files beside the images file: every attempt at a chunk writes the same bytes, however long it took."""
+    return _metadata(replace(report, totals=Totals()), run)
+
+
+def with_report(images: pa.Table, report: ChunkReport) -> pa.Table:
+    """An images table with another report in its metadata."""
+    return images.replace_schema_metadata({**images.schema.metadata, REPORT_KEY: json.dumps(asdict(report))})
 
 
 def report_from_metadata(metadata: dict[bytes, bytes] | None) -> ChunkReport:

@@ -1,13 +1,15 @@
 """WriteParquet: commits a chunk.
 
 A chunk is two files, or three with its candidates. They are built in memory, written under _tmp, then renamed, images
-last: the images file is the commit mark, and a reader never sees half a chunk. A chunk done twice replaces its files
-with the same rows.
+last: the images file is the commit mark, and a reader never sees half a chunk. What is committed for this run stays:
+a second attempt finds it and throws its own files away.
 
 No more is asked of a file system than that a file appears as a whole. Local ones rename at once; object stores copy,
 then delete, and each copy appears as a whole. Nor may it matter who else is at work, since a runner may do a chunk
 twice at the same time by itself: temporary files have names of their own, a commit that lost them to another start's
-cleaning is done again, and a start commits nothing into a directory that another one has taken for another run.
+cleaning is done again, and a start commits nothing into a directory that another one has taken for another run. Until
+the images file is there, attempts may replace each other's annotations and candidates: those files hold nothing that
+differs between attempts, such as the time it took.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
+from transforms.parquet_file import open_parquet
 from transforms.records import ChunkReport, LabeledChunk, Seconds, Totals
-from transforms.schema import chunk_to_candidates, chunk_to_tables
+from transforms.schema import chunk_to_candidates, chunk_to_tables, report_from_metadata, with_report
 from transforms.source import RETRY_SECONDS, describe_error
 
 RUN_FILE = "run.json"
@@ -100,12 +103,16 @@ def parse_chunk_name(name: str) -> tuple[str, int] | None:
     return (shard, int(index)) if shard and index.isdecimal() else None
 
 
-def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> ChunkReport:
+def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any], retry_failed: bool = False) -> ChunkReport:
     """Writes a chunk's files and makes them visible, images last.
 
     Args:
       output: directory of the labels.
       run: content of run.json; goes into the files' metadata.
+      retry_failed: replace a committed chunk that has failed images.
+
+    Returns:
+      the report of the committed chunk, which an earlier attempt may have committed.
 
     Raises:
       OSError: the last try failed, whatever the file system itself raised.
@@ -125,12 +132,14 @@ def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> Chunk
     tables = {ANNOTATIONS_DIR: annotations, IMAGES_DIR: images}
     if chunk.keep_candidates:
         tables[CANDIDATES_DIR] = chunk_to_candidates(chunk, report, run)
-    commit_tables(tables, chunk_name(chunk.shard.name, chunk.index), output, run)
+    report = commit_tables(tables, chunk_name(chunk.shard.name, chunk.index), output, run, retry_failed)
     seconds = report.totals.seconds + Seconds(write=time.perf_counter() - start)
     return replace(report, totals=replace(report.totals, seconds=seconds))
 
 
-def commit_tables(tables: dict[str, pa.Table], name: str, output: str, run: dict[str, Any]) -> None:
+def commit_tables(
+    tables: dict[str, pa.Table], name: str, output: str, run: dict[str, Any], retry_failed: bool = False
+) -> ChunkReport:
     """Writes the tables of a chunk and makes them visible, images last; what fails is tried three times.
 
     Args:
@@ -138,46 +147,121 @@ def commit_tables(tables: dict[str, pa.Table], name: str, output: str, run: dict
       name: of the files, from chunk_name.
       output: directory of the labels.
       run: content of run.json.
+      retry_failed: as in commit_chunk.
+
+    Returns:
+      the report of the committed chunk, which an earlier attempt may have committed.
 
     Raises:
       RunReplaced: see check_run.
       OSError: it cannot be written.
     """
-    for seconds in (*RETRY_SECONDS, None):
+    files = {directory: encode_table(table) for directory, table in tables.items() if directory != IMAGES_DIR}
+    sizes = {directory: len(data) for directory, data in files.items()}
+    images = tables[IMAGES_DIR]
+    report = replace(report_from_metadata(images.schema.metadata), siblings=sizes)
+    files[IMAGES_DIR] = encode_table(with_report(images, report))  # the last to be published
+    for seconds in RETRY_SECONDS:
         try:
-            return _commit_tables(tables, name, output, run)
+            return _commit_files(files, name, output, run, report, retry_failed)
         except RunReplaced:
             raise
-        except Exception as error:
-            if seconds is None:
-                raise OSError(
-                    f"cannot write the chunk {name} to {output}, tried {len(RETRY_SECONDS) + 1} times: "
-                    f"{describe_error(error)}"
-                ) from error
+        except Exception:
             time.sleep(seconds)
+    try:
+        return _commit_files(files, name, output, run, report, retry_failed)
+    except RunReplaced:
+        raise
+    except Exception as error:
+        raise OSError(
+            f"cannot write the chunk {name} to {output}, tried {len(RETRY_SECONDS) + 1} times: {describe_error(error)}"
+        ) from error
 
 
-def _commit_tables(tables: dict[str, pa.Table], name: str, output: str, run: dict[str, Any]) -> None:
+def _commit_files(
+    files: dict[str, bytes], name: str, output: str, run: dict[str, Any], report: ChunkReport, retry_failed: bool
+) -> ChunkReport:
     """One try."""
     attempt = uuid.uuid4().hex
     temporaries = {
-        directory: FileSystems.join(output, TEMPORARY_DIR, f"{attempt}-{directory}-{name}")
-        for directory in sorted(tables, key=lambda directory: directory == IMAGES_DIR)
+        directory: FileSystems.join(output, TEMPORARY_DIR, f"{attempt}-{directory}-{name}") for directory in files
     }
+    published = False
     try:
         for directory, temporary in temporaries.items():
-            _write_file(temporary, tables[directory])
+            _write_file(temporary, files[directory])
             _make_dirs(FileSystems.join(output, directory))
         check_run(output, run)
-        # A chunk that is done again is not committed while its other files change.
-        delete_file(FileSystems.join(output, IMAGES_DIR, name))
+        mark = FileSystems.join(output, IMAGES_DIR, name)
+        if FileSystems.exists(mark):
+            if committed := _committed_before(mark, report, retry_failed):
+                return committed
+            delete_files([mark])  # of an earlier run, or damaged: it is no mark while the other files change
         for directory, temporary in temporaries.items():
-            FileSystems.rename([temporary], [FileSystems.join(output, directory, name)])
-    except Exception:
-        for temporary in temporaries.values():
-            with contextlib.suppress(Exception):  # it may never have been there
-                delete_file(temporary)
-        raise
+            if directory != IMAGES_DIR:
+                FileSystems.rename([temporary], [FileSystems.join(output, directory, name)])
+        published = _publish_mark(temporaries[IMAGES_DIR], mark)
+        if published:
+            return report
+        if committed := _committed_before(mark, report, retry_failed):
+            return committed
+        raise OSError(f"{mark} was written by another run at the same moment")
+    finally:
+        if not published:
+            for temporary in temporaries.values():
+                with contextlib.suppress(Exception):  # it may never have been there
+                    delete_file(temporary)
+
+
+def _committed_before(mark: str, report: ChunkReport, retry_failed: bool) -> ChunkReport | None:
+    """The report in an images file, if the chunk is committed for this run already, with all its files."""
+    found = read_report_file(mark)
+    if found is None or (found.run_id, found.digest) != (report.run_id, report.digest):
+        return None
+    if retry_failed and found.totals.failed:
+        return None
+    directory, name = FileSystems.split(mark)
+    output, _ = FileSystems.split(directory)
+    for sibling, num_bytes in (found.siblings or {}).items():
+        path = FileSystems.join(output, sibling, name)
+        (match,) = FileSystems.match([escape_glob(path)])
+        if [file.size_in_bytes for file in match.metadata_list] != [num_bytes]:
+            return None
+    return found
+
+
+def _publish_mark(temporary: str, mark: str) -> bool:
+    """Gives an images file its name, unless there is one of this name: False.
+
+    Local disks do both in one step. Others are asked first: an attempt that commits in between is replaced by an equal.
+    """
+    if FileSystems.get_scheme(mark) is None:
+        try:
+            os.link(temporary, mark)
+        except FileExistsError:
+            return False
+        except OSError:  # a disk without hard links
+            pass
+        else:
+            delete_file(temporary)
+            return True
+    if FileSystems.exists(mark):
+        return False
+    FileSystems.rename([temporary], [mark])
+    return True
+
+
+def read_report_file(path: str) -> ChunkReport | None:
+    """The report in an images file, None if the file is damaged or gone; only its footer is read."""
+    try:
+        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+            return report_from_metadata(open_parquet(file).schema_arrow.metadata)
+    except (ValueError, KeyError, TypeError):  # pyarrow's errors of broken files are ValueErrors, too
+        return None
+    except Exception:  # each file system has an error of its own for this
+        if FileSystems.exists(path):
+            raise
+        return None
 
 
 def check_run(output: str, run: dict[str, Any]) -> None:
@@ -227,13 +311,18 @@ def delete_files(paths: list[str]) -> None:
             os.remove(path)  # Beam would take the name for a pattern
 
 
-def _write_file(path: str, table: pa.Table) -> None:
+def encode_table(table: pa.Table) -> bytes:
+    """A table as a Parquet file, with checksums of its pages."""
     buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, table.schema, compression="zstd") as writer:
+    with pq.ParquetWriter(buffer, table.schema, compression="zstd", write_page_checksum=True) as writer:
         if table.num_rows:  # Hugging Face datasets fails on an empty row group, but not on none
             writer.write_table(table)
+    return buffer.getvalue()
+
+
+def _write_file(path: str, data: bytes) -> None:
     with FileSystems.create(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-        file.write(buffer.getbuffer())
+        file.write(data)
 
 
 def _make_dirs(path: str) -> None:
@@ -298,7 +387,7 @@ class _WriteParquetFn(beam.DoFn):
                 f"{self._config.max_failed_fraction} allows; the first: {'; '.join(self._seen.failures[:3])}. "
                 "Mend the input, or raise --max_failed_fraction."
             )
-        report = commit_chunk(chunk, self._config.output, self._run)
+        report = commit_chunk(chunk, self._config.output, self._run, self._config.retry_failed)
         _count(report.totals)
         yield report
 
