@@ -23,7 +23,7 @@ from transforms.amg import CANDIDATE_SETTINGS, AmgConfig
 from transforms.containment import ContainmentConfig
 from transforms.labels import list_chunks, read_candidates, read_chunk, read_run
 from transforms.match import absolute
-from transforms.records import ChunkReport, LabeledChunk, Shard, Totals
+from transforms.records import ChunkReport, DamagedFile, LabeledChunk, Shard, Totals
 from transforms.refine import COLUMNS, refine_chunk
 from transforms.resume import committed_chunks, read_report
 from transforms.schema import chunk_to_tables
@@ -94,6 +94,7 @@ def run_refine(job: RefineJob, changes: dict[str, Any]) -> int:
 
     Raises:
       UsageError: before anything is written, if the job cannot be done as asked.
+      DamagedFile: the labels are damaged.
     """
     labels, output = job.refine.labels, job.refine.output
     try:
@@ -165,9 +166,9 @@ def _read_source(labels: str, shard: str, index: int) -> ChunkReport:
     """The report of a chunk of the labels."""
     report = read_report(labels, shard, index)
     if report is None:
-        raise ValueError(
-            f"{FileSystems.join(labels, IMAGES_DIR, chunk_name(shard, index))} is damaged. Delete it, and run the "
-            "`maskbeam label` that made it again."
+        raise DamagedFile(
+            f"{FileSystems.join(labels, IMAGES_DIR, chunk_name(shard, index))} is damaged: its footer has no report. "
+            "Delete it, and run the command that made it again."
         )
     return report
 

@@ -172,13 +172,14 @@ def check_candidates(candidates: pa.Table, images: pa.Table, config: AmgConfig) 
     Raises:
       ValueError: names the candidate by its image and its position among the image's candidates.
     """
-    of_image = _rows_of_images(_Rows(candidates, lambda row: f"row {row}"), images)
+    numbered = _Rows(candidates, lambda row: f"row {row}")
+    numbered.require_values(CANDIDATES)
+    of_image = _rows_of_images(numbered, images)
     position, num_candidates = _count_within(of_image, len(images))
     rows = _Rows(
         candidates,
         lambda row: f"candidate {position[row]} of {_show_id(candidates, row)}",
     )
-    rows.require_values(CANDIDATES)
     rows.require(
         np.r_[True, (np.diff(of_image) == 0) | (position[1:] == 0)][: len(of_image)],
         lambda row: "it does not follow the others of its image",

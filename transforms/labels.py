@@ -28,7 +28,7 @@ from transforms.resume import committed_chunks
 from transforms.rle import MAX_PIXELS
 from transforms.schema import ANNOTATIONS, CANDIDATES, CATEGORY_OBJECT, IMAGES
 from transforms.strict_json import parse_json
-from transforms.summary import MAX_JSON_BYTES, read_file
+from transforms.summary import MAX_JSON_BYTES, read_json_bytes
 from transforms.write import ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR, RUN_FILE, chunk_name
 
 _EXPECTED = "Expected the --output of `maskbeam label`, `refine` or `import`."
@@ -90,12 +90,15 @@ def read_run(labels: str) -> dict[str, Any]:
 
 def _read_run(labels: str) -> bytes:
     path = FileSystems.join(labels, RUN_FILE)
+    FileSystems.get_filesystem(path)  # raises what is wrong with a path that is on none
     try:
-        return read_file(path, MAX_JSON_BYTES)
+        return read_json_bytes(path, MAX_JSON_BYTES)
     except OSError as error:
         if FileSystems.exists(path):
             raise
         raise ValueError(f"{labels} holds no labels: there is no {RUN_FILE}. {_EXPECTED}") from error
+    except ValueError as error:
+        raise _damaged_run(path, error) from error
 
 
 def _parse_run(labels: str, data: bytes) -> dict[str, Any]:

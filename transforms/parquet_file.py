@@ -11,12 +11,10 @@ import io
 from collections.abc import Sequence
 from typing import IO
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from transforms.parquet_footer import column_chunks, inflated_bytes, read_footer, schema_depth
+from transforms.parquet_footer import column_chunks, inflate, longest_text, read_footer, schema_depth
 
 MAX_PARQUET_NESTING = 100
 
@@ -30,14 +28,14 @@ _MAX_INFLATION = 32
 # What a value takes beside its page, at most: itself, its two levels, and what they grow by.
 _VALUE_BYTES = 16
 _MAX_FOOTER_BYTES = 2**24
+_BATCH_BYTES = 2**25
 
 
-def open_parquet(file: IO[bytes], text: Sequence[str] = ()) -> pq.ParquetFile:
+def open_parquet(file: IO[bytes]) -> pq.ParquetFile:
     """Opens a Parquet file. Read from it with `use_threads=False`.
 
     Args:
       file: seekable; stays open as long as the result is used.
-      text: columns to read as dictionaries, which are as small in memory as in the file.
 
     Raises:
       ValueError: it is damaged, or nests too deep.
@@ -47,7 +45,6 @@ def open_parquet(file: IO[bytes], text: Sequence[str] = ()) -> pq.ParquetFile:
         file,
         buffer_size=_BUFFER_BYTES,
         pre_buffer=False,
-        read_dictionary=list(text),
         page_checksum_verification=True,  # where there are checksums
     )
 
@@ -67,26 +64,29 @@ def read_table(file: IO[bytes], schema: pa.Schema, columns: Sequence[str]) -> pa
     Raises:
       ValueError: it is no such table, it is damaged, or it inflates to far more than its size. Says it in a few words.
     """
-    num_bytes = file.seek(0, io.SEEK_END)
+    allowed = _FREE_INFLATION + _MAX_INFLATION * file.seek(0, io.SEEK_END)
     footer = read_footer(file)
     if len(footer) > _MAX_FOOTER_BYTES:
         raise ValueError(f"its footer has {len(footer)} bytes; at most {_MAX_FOOTER_BYTES} are read")
-    _check_nesting(footer)
-    expected = _part_of(schema, columns)
-    found = open_parquet(file).schema_arrow
+    parquet = open_parquet(file)
+    expected, found = _part_of(schema, columns), parquet.schema_arrow
     for field in expected:
         if field.name not in found.names:
             raise ValueError(f"it has no column {field.name}: it was not written by maskbeam, or by another version")
         if found.names.count(field.name) > 1 or not _alike(found.field(field.name).type, field.type):
             raise ValueError(f"its column {field.name} is {found.field(field.name).type}; expected {field.type}")
-    allowed = _FREE_INFLATION + _MAX_INFLATION * num_bytes
-    _check_pages(file, footer, expected, allowed)
-    table = open_parquet(file, _text_columns(expected)).read(list(columns), use_threads=False)
-    if (text_bytes := _text_bytes(table)) > allowed:
-        raise ValueError(f"its {num_bytes} bytes hold {text_bytes} of text: no table of masks does")
+    # Rows that are read together: a few, if each may be a long text of which the file has only one.
+    num_rows = max(1, _BATCH_BYTES // max(1, _check_pages(file, footer, expected, allowed)))
+    batches, num_bytes = [], 0
+    for batch in parquet.iter_batches(batch_size=num_rows, columns=list(columns), use_threads=False):
+        batches.append(batch)
+        num_bytes += batch.nbytes
+        if num_bytes > allowed:
+            raise ValueError(_describe_inflation(num_bytes))
     # Nulls are left to who knows what a row is called.
-    nullable = pa.schema([field.with_nullable(True) for field in expected], table.schema.metadata)
-    table = table.cast(nullable)
+    nullable = pa.schema([_nullable(field) for field in expected], found.metadata)
+    table = pa.Table.from_batches(batches, batches[0].schema) if batches else nullable.empty_table()
+    table = table.combine_chunks().cast(nullable)
     table.validate(full=True)
     return table
 
@@ -101,16 +101,28 @@ def _check_nesting(footer: bytes) -> None:
         raise ValueError(f"the schema nests {depth} levels deep; at most {MAX_PARQUET_NESTING} are read")
 
 
-def _check_pages(file: IO[bytes], footer: bytes, expected: pa.Schema, allowed: int) -> None:
-    """Refuses columns that would take more memory than is allowed."""
+def _check_pages(file: IO[bytes], footer: bytes, expected: pa.Schema, allowed: int) -> int:
+    """Refuses columns that take more memory than is allowed; bytes of the longest text that many rows may have."""
     try:
         columns = [column for column in column_chunks(footer) if column.path[0] in expected.names]
-        sizes = [inflated_bytes(file, column) for column in columns]
-    except (ValueError, IndexError) as error:
+        sizes = [inflate(file, column) for column in columns]
+        inflated = sum(size.num_bytes + size.num_values * _VALUE_BYTES for size in sizes)
+        if inflated <= allowed:
+            return max((longest_text(file, *pair) for pair in zip(columns, sizes, strict=True)), default=0)
+    except (ValueError, IndexError, OSError) as error:
         raise ValueError(f"its columns are damaged: {error}") from error
-    inflated = sum(num_bytes + num_values * _VALUE_BYTES for num_bytes, num_values in sizes)
-    if inflated > allowed:
-        raise ValueError(f"it would take {inflated} bytes of memory: no table of masks of its size does")
+    raise ValueError(_describe_inflation(inflated))
+
+
+def _describe_inflation(num_bytes: int) -> str:
+    return f"it would take {num_bytes} bytes of memory or more: no table of masks of its size does"
+
+
+def _nullable(field: pa.Field) -> pa.Field:
+    kind = field.type
+    if pa.types.is_struct(kind):
+        kind = pa.struct([_nullable(part) for part in kind.fields])
+    return pa.field(field.name, kind)
 
 
 def _part_of(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:
@@ -121,18 +133,6 @@ def _part_of(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:
         field = schema.field(column)
         fields.append(field.with_type(pa.struct([field.type.field(part)])) if part else field)
     return pa.schema(fields)
-
-
-def _text_columns(schema: pa.Schema) -> list[str]:
-    """The columns of text, those in structs too."""
-    parts = [
-        (f"{field.name}.{part.name}", part.type)
-        for field in schema
-        if pa.types.is_struct(field.type)
-        for part in field.type.fields
-    ]
-    plain = [(field.name, field.type) for field in schema]
-    return [name for name, kind in (*plain, *parts) if pa.types.is_string(kind)]
 
 
 def _alike(found: pa.DataType, expected: pa.DataType) -> bool:
@@ -152,13 +152,3 @@ def _alike(found: pa.DataType, expected: pa.DataType) -> bool:
 
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _text_bytes(table: pa.Table) -> int:
-    """Bytes of all text once no dictionary holds it: one of a megabyte may be in a million rows."""
-    total = 0
-    for column in table.flatten().itercolumns():
-        for chunk in column.chunks if pa.types.is_dictionary(column.type) else ():
-            lengths = pc.binary_length(chunk.dictionary).to_numpy(zero_copy_only=False)
-            total += int(lengths[chunk.indices.drop_null().to_numpy()].sum(dtype=np.int64))
-    return total

@@ -16,15 +16,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
+import pyarrow as pa
+
 # Fields of FileMetaData, SchemaElement, RowGroup and ColumnChunk.
 _SCHEMA, _ROW_GROUPS = 2, 4
 _NUM_CHILDREN = 5
 _COLUMNS, _NUM_ROWS = 1, 3
 _COLUMN_META_DATA = 3
 # Of ColumnMetaData.
-_PATH, _NUM_VALUES, _COMPRESSED_BYTES, _DATA_OFFSET, _DICTIONARY_OFFSET = 3, 5, 7, 9, 11
+_TYPE, _PATH, _CODEC, _NUM_VALUES, _COMPRESSED_BYTES, _DATA_OFFSET, _DICTIONARY_OFFSET = 1, 3, 4, 5, 7, 9, 11
+_TEXT = 6  # the type of columns of byte arrays
+_CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
 # Of PageHeader, and of the headers of data pages (of two versions) in it.
-_PAGE_BYTES, _PAGE_COMPRESSED_BYTES, _DATA_PAGE, _DATA_PAGE_V2 = 2, 3, 5, 8
+_PAGE_TYPE, _PAGE_BYTES, _PAGE_COMPRESSED_BYTES, _DATA_PAGE, _DATA_PAGE_V2 = 1, 2, 3, 5, 8
+_DICTIONARY_PAGE = 2  # the type of the page with the values to which others point
 _PAGE_VALUES = 1
 _PAGE_ENCODING = {_DATA_PAGE: 2, _DATA_PAGE_V2: 4}
 
@@ -90,12 +95,16 @@ class ColumnChunk:
       path: names of the column and of its parts, as in ("segmentation", "counts").
       num_values: at the lowest level.
       start, num_bytes: where its pages lie in the file, compressed.
+      text: whether its values are byte arrays.
+      codec: of the compression, None without one.
     """
 
     path: tuple[str, ...]
     num_values: int
     start: int
     num_bytes: int
+    text: bool = False
+    codec: str | None = None
 
 
 def column_chunks(footer: bytes) -> Iterator[ColumnChunk]:
@@ -113,27 +122,66 @@ def column_chunks(footer: bytes) -> Iterator[ColumnChunk]:
             yield from values.row_group()
 
 
-def inflated_bytes(file: IO[bytes], column: ColumnChunk) -> tuple[int, int]:
-    """What a column chunk becomes: bytes of its pages, decompressed, and number of its values, by the pages' headers.
+@dataclass(frozen=True)
+class Inflated:
+    """What a column chunk becomes, by its pages' headers.
+
+    Attributes:
+      num_bytes: of its pages, decompressed.
+      num_values: in them.
+      dictionary: place, compressed and decompressed bytes of the page with the values to which others point.
+    """
+
+    num_bytes: int
+    num_values: int
+    dictionary: tuple[int, int, int] | None = None
+
+
+def inflate(file: IO[bytes], column: ColumnChunk) -> Inflated:
+    """Reads the headers of a column chunk's pages.
 
     Raises:
       ValueError, IndexError: a header is damaged, or an encoding may inflate without bound.
     """
     num_bytes = num_values = 0
+    dictionary = None
     place, end = column.start, column.start + column.num_bytes
     while num_values < column.num_values and place < end:
         page = _read_page(file, place)
         if page.num_bytes < 0 or page.compressed_bytes < 0 or page.num_values < 0 or page.encoding == _DELTA_BYTE_ARRAY:
             raise ValueError(f"the page at byte {place} has negative sizes, or an encoding that no reader here takes")
         num_bytes, num_values = num_bytes + page.num_bytes, num_values + page.num_values
+        if page.kind == _DICTIONARY_PAGE:
+            dictionary = (place + page.header_bytes, page.compressed_bytes, page.num_bytes)
         place += page.header_bytes + page.compressed_bytes
     if num_values != column.num_values:
         raise ValueError(f"the pages have {num_values} values; its footer says {column.num_values}")
-    return num_bytes, num_values
+    return Inflated(num_bytes, num_values, dictionary)
+
+
+def longest_text(file: IO[bytes], column: ColumnChunk, inflated: Inflated) -> int:
+    """Bytes of the longest text in a column chunk's dictionary: any row may point to it. 0 without a dictionary.
+
+    Raises:
+      ValueError: it cannot be decompressed.
+    """
+    if not column.text or inflated.dictionary is None:
+        return 0
+    start, compressed_bytes, num_bytes = inflated.dictionary
+    file.seek(start)
+    data = file.read(compressed_bytes)
+    if column.codec is not None:
+        data = pa.Codec(column.codec).decompress(data, num_bytes, asbytes=True)
+    longest = place = 0
+    while place + 4 <= len(data):  # of each text its length, uint32 little endian, and itself
+        length = int.from_bytes(data[place : place + 4], "little")
+        longest, place = max(longest, length), place + 4 + length
+    return longest
 
 
 @dataclass(frozen=True)
 class _Page:
+    kind: int
     header_bytes: int
     num_bytes: int
     compressed_bytes: int
@@ -231,14 +279,18 @@ class _CompactValues:
                     self.skip(inner)
         data, dictionary = found.get(_DATA_OFFSET, -1), found.get(_DICTIONARY_OFFSET, 0)
         start = dictionary if 0 < dictionary < data else data
-        column = ColumnChunk(path, found.get(_NUM_VALUES, -1), start, found.get(_COMPRESSED_BYTES, -1))
+        codec = found.get(_CODEC, 0)
+        if codec and codec not in _CODECS:
+            raise ValueError(f"the column {'.'.join(path)} has a compression that is not read here")
+        num_values, num_bytes = found.get(_NUM_VALUES, -1), found.get(_COMPRESSED_BYTES, -1)
+        column = ColumnChunk(path, num_values, start, num_bytes, found.get(_TYPE) == _TEXT, _CODECS.get(codec))
         if min(column.num_values, column.start, column.num_bytes) < 0:
             raise ValueError(f"the column {'.'.join(path)} has no place in the file")
         return column
 
     def page(self) -> _Page:
         """Reads a PageHeader."""
-        sizes = {_PAGE_BYTES: -1, _PAGE_COMPRESSED_BYTES: -1}
+        sizes = {_PAGE_TYPE: -1, _PAGE_BYTES: -1, _PAGE_COMPRESSED_BYTES: -1}
         num_values, encoding = 0, -1
         for number, kind in self.fields():
             if number in sizes:
@@ -253,7 +305,9 @@ class _CompactValues:
                         self.skip(inner)
             else:
                 self.skip(kind)
-        return _Page(self._place, sizes[_PAGE_BYTES], sizes[_PAGE_COMPRESSED_BYTES], num_values, encoding)
+        return _Page(
+            sizes[_PAGE_TYPE], self._place, sizes[_PAGE_BYTES], sizes[_PAGE_COMPRESSED_BYTES], num_values, encoding
+        )
 
     def _text(self) -> str:
         num_bytes = self._varint()

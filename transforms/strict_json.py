@@ -26,6 +26,10 @@ def parse_json(data: bytes) -> Any:
         raise ValueError(f"it is not JSON: {error.msg} at line {error.lineno}, column {error.colno}{begins}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not JSON: byte {error.start} is no UTF-8; it begins with {data[:20]!r}") from error
+    except ValueError as error:
+        if "int_max_str_digits" in str(error):  # Python's own limit, against quadratic time
+            raise ValueError("it has a whole number of thousands of digits") from error
+        raise
     except RecursionError as error:
         raise ValueError(_too_deep()) from error
     _check_depth(content)
