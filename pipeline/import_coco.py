@@ -17,7 +17,7 @@ from transforms.records import ChunkReport, DamagedFile, LabeledChunk, Shard, So
 from transforms.schema import chunk_to_tables
 from transforms.strict_json import parse_json
 from transforms.summary import read_json_bytes, write_summary
-from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, chunk_name, commit_tables
+from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, RunReplaced, chunk_name, commit_tables
 
 _CHUNK_SIZE = InputConfig.chunk_size
 
@@ -129,7 +129,7 @@ def run_import(config: ImportConfig) -> int:
             commit_tables(tables, chunk_name(shard.name, chunk.index), config.output, in_files)
             totals += report.totals
         write_summary(totals, config.output, run)
-    except OSError as error:
+    except (OSError, RunReplaced) as error:
         print(f"maskbeam: {error}. Run the same command to go on.", file=sys.stderr)
         return EXIT_FAILED
     print(f"{totals.images} images with {totals.masks} masks: {config.output}")

@@ -29,7 +29,7 @@ from transforms.resume import committed_chunks, read_report
 from transforms.schema import chunk_to_tables
 from transforms.select import SelectionConfig
 from transforms.summary import SUMMARY_FILE, write_summary
-from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, OutputConfig, chunk_name, commit_tables
+from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, OutputConfig, RunReplaced, chunk_name, commit_tables
 
 _DESCRIPTION = (
     "Chooses the masks anew from the candidates that `maskbeam label --keep_candidates` stored, without the model. "
@@ -114,7 +114,7 @@ def run_refine(job: RefineJob, changes: dict[str, Any]) -> int:
     try:
         totals = _refine_all(sources, config, job, refined)
         write_summary(totals, output, refined)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RunReplaced) as error:
         print(f"maskbeam: {error}", file=sys.stderr)
         print(f"What is committed in {output} stays; run the same command to go on.", file=sys.stderr)
         return EXIT_FAILED

@@ -187,7 +187,7 @@ def check_candidates(candidates: pa.Table, images: pa.Table, config: AmgConfig) 
     said = images["num_candidates"].to_numpy()
     rows.require(num_candidates[of_image] <= said[of_image], lambda row: "the images table says that there are fewer")
     sizes_hw = _sizes(images)
-    rows.require((sizes_hw > 0).all(axis=1)[of_image], lambda row: "its image has no size")
+    rows.require((sizes_hw[of_image] > 0).all(axis=1), lambda row: "its image has no size")
 
     num_crops = np.zeros(len(images), np.int64)
     for image in np.unique(of_image).tolist():
