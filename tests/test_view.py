@@ -827,9 +827,7 @@ def test_rank_and_parent_are_shown(labeled: Path, tmp_path: Path, open_page: Cal
     labels = shutil.copytree(labeled / "labels", tmp_path / "labels")
     for path in (labels / "annotations").iterdir():
         table = pq.read_table(path)
-        counts = Counter(table["image_id"].to_pylist())  # the last mask is the first in rank
-        pairs = zip(table["image_id"].to_pylist(), table["mask_index"].to_pylist(), strict=True)
-        ranks = pa.array([counts[image_id] - 1 - index for image_id, index in pairs], pa.int32())
+        ranks = table["mask_index"].combine_chunks()
         parents = pa.array([None if index == 0 else 0 for index in table["mask_index"].to_pylist()], pa.int32())
         for name, values in (("rank", ranks), ("parent_id", parents)):
             table = table.set_column(table.column_names.index(name), table.schema.field(name), values)
@@ -838,9 +836,9 @@ def test_rank_and_parent_are_shown(labeled: Path, tmp_path: Path, open_page: Cal
     page = open_page(tmp_path / "report", "#/image/1.png")
     drawn(page)
     page.focus("#list")
-    assert page.locator("#chosen dd").all_inner_texts()[3:] == ["10", "none"]
+    assert page.locator("#chosen dd").all_inner_texts()[3:] == ["0", "none"]
     page.keyboard.press("ArrowDown")
-    assert page.locator("#chosen dd").all_inner_texts()[3:] == ["11", "0"]
+    assert page.locator("#chosen dd").all_inner_texts()[3:] == ["1", "0"]
 
 
 def test_many_images_come_in_pages(tmp_path: Path, report: Path, open_page: Callable[..., Page]) -> None:
