@@ -69,6 +69,7 @@ def _run(command: str, argv: list[str]) -> int:
         return 2
     # Imported late, and only what is asked for: most bring Beam with them, and --help should not wait for it.
     from pipeline.options import UsageError
+    from transforms.records import DamagedFile
 
     module = importlib.import_module(_COMMANDS[command][0])
     try:
@@ -77,6 +78,9 @@ def _run(command: str, argv: list[str]) -> int:
     except UsageError as error:
         print(f"maskbeam {command}: {error}", file=sys.stderr)
         return 2
+    except DamagedFile as error:
+        print(f"maskbeam {command}: {error}", file=sys.stderr)
+        return 1
     return code
 
 

@@ -317,6 +317,7 @@ def test_what_cannot_be_read_is_counted(tmp_path: Path, result: Path) -> None:
 # The real model.
 
 
+@pytest.mark.processes
 def test_the_real_model_in_bfloat16(tmp_path: Path, result: Path) -> None:
     case = read_case("blobs_97x151.clean")
     for name in (case["photo"], "blobs_160x120.png"):

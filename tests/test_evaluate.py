@@ -378,12 +378,12 @@ def break_ids(truth: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "code", "told"),
     [
-        (break_size, "2.png has the size (48, 64) (H, W) in the labels and (64, 64) in the truth"),
-        (break_polygon, "cannot use the truth: annotation 8 of 1.png: polygons of [4] numbers"),
-        (break_ids, "two annotation records have the id 3"),
-        (dict.clear, 'no list "images"'),
+        (break_size, 2, "2.png has the size (48, 64) (H, W) in the labels and (64, 64) in the truth"),
+        (break_polygon, 1, "truth.json: annotation 8 of 1.png: polygons of [4] numbers"),
+        (break_ids, 1, "two annotation records have the id 3"),
+        (dict.clear, 1, 'no list "images"'),
     ],
 )
 def test_a_truth_that_does_not_fit_is_an_error(
@@ -391,11 +391,12 @@ def test_a_truth_that_does_not_fit_is_an_error(
     write_truth: Callable[[Any], Path],
     capsys: pytest.CaptureFixture[str],
     change: Callable[[Any], None],
+    code: int,
     told: str,
 ) -> None:
     truth = photos_truth()
     change(truth)
-    assert evaluate("--labels", labels, "--truth", write_truth(truth)) == 2
+    assert evaluate("--labels", labels, "--truth", write_truth(truth)) == code
     assert told in capsys.readouterr().err
 
 
