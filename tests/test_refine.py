@@ -428,7 +428,7 @@ def test_lost_candidates_are_named(kept: Path, tmp_path: Path, capsys: pytest.Ca
     (labels / "summary.json").unlink()
     assert refine(labels, tmp_path / "out") == 1
     error = capsys.readouterr().err
-    assert f"{lost} cannot be read" in error and "run the same command to go on" in error
+    assert f"{lost} cannot be read" in error and "run the command that made it again" in error
     lost.write_bytes((kept / "candidates" / lost.name).read_bytes()[:-9])
     assert refine(labels, tmp_path / "out") == 1
     assert f"{lost} cannot be read" in capsys.readouterr().err

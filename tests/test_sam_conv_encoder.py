@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
+from transforms.check_preset import ENCODER_LAYERS, check_preset
+from transforms.embedded import PresetError
 from transforms.frame import resized_hw, to_frame
 from transforms.sam import Sam, load_sam
-from transforms.sam_conv_encoder import encode_image, read_encoder
+from transforms.sam_conv_encoder import _SETTINGS, encode_image, read_encoder
 
 FRAME, STRIDE, CHANNELS = 96, 16, 16
 GRID = FRAME // STRIDE
@@ -202,6 +204,26 @@ def test_a_layer_that_is_not_run_here_is_an_error(make: Any, message: str) -> No
     encoder = keras.Model(pixels, make()(layers.Rescaling(1.0)(pixels)))
     with pytest.raises(ValueError, match=message):
         read_encoder(encoder)
+
+
+def test_what_is_admitted_is_what_is_run() -> None:
+    assert {"InputLayer", "Rescaling", *_SETTINGS} == ENCODER_LAYERS
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"build_config": {"input_shape": [None, 96, 96, 2**40]}},
+        {"build_config": None},
+        {"config": {"filters": 2**40, "kernel_size": [3, 3]}},
+    ],
+)
+def test_a_convolution_larger_than_the_weights_is_refused(
+    changes: dict[str, Any], preset: Path, tmp_path: Path
+) -> None:
+    changed = with_layer(preset, tmp_path, "stem", changes)
+    with pytest.raises(PresetError, match="describes a larger model than its weights are of"):
+        check_preset(str(changed))
 
 
 def test_an_encoder_that_does_not_normalize_is_an_error() -> None:

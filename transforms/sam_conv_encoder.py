@@ -1,6 +1,6 @@
-"""A convolutional image encoder over its weights: a functional Keras model of the layers in LAYER_CLASSES.
+"""A convolutional image encoder over its weights: a functional Keras model of plain layers.
 
-XLA's own convolutions are slow on a CPU. Here a depthwise convolution is a sum of shifted products, which XLA fuses
+The layers are those that transforms/check_preset.py admits (ENCODER_LAYERS). XLA's own convolutions are slow on a CPU. Here a depthwise convolution is a sum of shifted products, which XLA fuses
 into one loop over the channels, and any other one is a matrix product: of the pixels where the kernel is 1x1, of whole
 patches where the stride is the kernel, of shifted copies side by side elsewhere. As with SAM's own encoder, padding of
 the frame is 0 after normalization, whatever the frame holds there.
@@ -18,13 +18,6 @@ from keras import ops
 
 from transforms.sam_layers import Weights, gelu, layer_norm, norm_weights
 
-LAYER_CLASSES = frozenset(
-    {
-        *("InputLayer", "Rescaling", "Conv2D", "DepthwiseConv2D"),
-        *("ReLU", "Add", "LayerNormalization", "UpSampling2D"),
-    }
-)
-
 
 @dataclass(frozen=True)
 class Step:
@@ -32,7 +25,7 @@ class Step:
 
     Attributes:
       name: of the layer and of its weights.
-      kind: its class, of LAYER_CLASSES.
+      kind: its class, a key of _SETTINGS.
       inputs: names of the layers it takes.
       stride: of a convolution, or the factor of an upsampling.
       same: whether a convolution pads with zeros as Keras's "same" does.
