@@ -1,9 +1,10 @@
 """A convolutional image encoder over its weights: a functional Keras model of plain layers.
 
-The layers are those that transforms/check_preset.py admits (ENCODER_LAYERS). XLA's own convolutions are slow on a CPU. Here a depthwise convolution is a sum of shifted products, which XLA fuses
-into one loop over the channels, and any other one is a matrix product: of the pixels where the kernel is 1x1, of whole
-patches where the stride is the kernel, of shifted copies side by side elsewhere. As with SAM's own encoder, padding of
-the frame is 0 after normalization, whatever the frame holds there.
+The layers are those that transforms/check_preset.py admits (ENCODER_LAYERS). XLA's own convolutions are slow on a CPU:
+here a depthwise convolution is a sum of shifted products, which XLA fuses into one loop over the channels, and any
+other one is a matrix product: of the pixels where the kernel is 1x1, of whole patches where the stride is the kernel,
+of shifted copies side by side elsewhere. As with SAM's own encoder, padding of the frame is 0 after normalization,
+whatever the frame holds there.
 """
 
 from __future__ import annotations
