@@ -20,17 +20,18 @@ MAX_PARQUET_NESTING = 100
 _BUFFER_BYTES = 2**20
 
 
-def open_parquet(file: IO[bytes]) -> pq.ParquetFile:
+def open_parquet(file: IO[bytes], verify: bool = False) -> pq.ParquetFile:
     """Opens a Parquet file. Read from it with `use_threads=False`.
 
     Args:
       file: seekable; stays open as long as the result is used.
+      verify: compare the checksums of its pages, where it has any.
 
     Raises:
       ValueError: it is damaged, or nests too deep.
     """
     _check_nesting(file)
-    return pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+    return pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=verify)
 
 
 def _check_nesting(file: IO[bytes]) -> None:
