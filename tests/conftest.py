@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,18 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from pipeline.options import parse_label
 from pipeline.run import run_label
 from tests.fakes import load_fake
 from transforms.segment import LoadSam
+
+# No test depends on the clock: it waits for what must happen, and gives up only when something hangs.
+EVENT_SECONDS = 600.0
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 # A small grid, and thresholds that some of FakeSam's masks pass and some do not.
 SMALL_GRID = ["--points_per_side", "4", "--pred_iou_thresh", "0.75", "--stability_score_thresh", "0.85"]
@@ -52,6 +61,22 @@ def label(*flags: str | Path, load: LoadSam = load_fake) -> int:
     """`maskbeam label` with a fake model on a small grid; returns the exit code."""
     job, options = parse_label([*SMALL_GRID, *map(str, flags)])
     return run_label(job, options, load)
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[Any] | None = None) -> None:
+    """Waits for something to happen, while the process that is to do it runs.
+
+    Raises:
+      AssertionError: the process ended before, or nothing happened for EVENT_SECONDS.
+    """
+    end = time.monotonic() + EVENT_SECONDS
+    while True:
+        ended = process is not None and process.poll() is not None  # asked first: it may have been its last act
+        if happened():
+            return
+        assert not ended, process.communicate() if process else None
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
 
 
 @dataclass(frozen=True)

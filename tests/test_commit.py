@@ -489,6 +489,7 @@ def check_rows(ious: tuple[float, ...]) -> None:
     assert not temporaries()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("seed", range(60))
 def test_two_starts_of_one_run_end_in_the_same_rows(seed: int) -> None:
     assert claim_output(OUTPUT, {**RUN, "amg": {"pred_iou_thresh": 0.5}}, False)["id"]
@@ -496,6 +497,7 @@ def test_two_starts_of_one_run_end_in_the_same_rows(seed: int) -> None:
     check_rows((0.5,))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("seed", range(60))
 def test_of_two_first_starts_one_ends_well_and_the_other_too_or_is_told(seed: int) -> None:
     results = run_two(seed, 0.5, 0.5, overwrite=False)
@@ -503,6 +505,7 @@ def test_of_two_first_starts_one_ends_well_and_the_other_too_or_is_told(seed: in
     check_rows((0.5,))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("seed", range(60))
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_starts_of_different_runs_never_mix_their_rows(seed: int, overwrite: bool) -> None:
@@ -511,6 +514,7 @@ def test_starts_of_different_runs_never_mix_their_rows(seed: int, overwrite: boo
     check_rows((0.5, 0.25))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("seed", range(60))
 def test_a_start_that_overwrites_what_another_goes_on_with_never_mixes_their_rows(seed: int) -> None:
     do_start(Schedule(0), "x", 0.5)

@@ -9,11 +9,13 @@ import pytest
 
 from benchmarks import fuzz
 from benchmarks.fuzz import IMAGES, KINDS, Case, Kind, judge, make_case, run_case, watch_cases
+from tests.conftest import EVENT_SECONDS
 from transforms.records import EncodedImage, Failure
 
 CASES = 12 * len(KINDS)
 
 
+@pytest.mark.processes
 def test_no_damaged_file_crashes_hangs_or_loses_a_row_in_silence() -> None:
     report = watch_cases(0, CASES)
     assert report.offences == [] and report.cases == CASES
@@ -59,11 +61,13 @@ def test_what_counts_as_an_offence(found: list[EncodedImage], offence: str | Non
     assert (said is None) if offence is None else (said is not None and offence in said)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
-    ("code", "ended"), [("import os; os.abort()", "exit code -6"), ("import time; time.sleep(60)", "took longer than")]
+    ("code", "patience", "ended"),
+    [("import os; os.abort()", EVENT_SECONDS, "exit code -6"), ("import signal; signal.pause()", 0.5, "took longer")],
 )
 def test_crashes_and_hangs_are_offences_and_the_next_cases_go_on(
-    monkeypatch: pytest.MonkeyPatch, code: str, ended: str
+    monkeypatch: pytest.MonkeyPatch, code: str, patience: float, ended: str
 ) -> None:
     real = fuzz.subprocess.Popen
 
@@ -71,7 +75,7 @@ def test_crashes_and_hangs_are_offences_and_the_next_cases_go_on(
         return real([command[0], "-c", code], **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(fuzz.subprocess, "Popen", popen)
-    monkeypatch.setattr(fuzz, "SECONDS_TO_START", 0.5)
+    monkeypatch.setattr(fuzz, "SECONDS_TO_START", patience)
     report = watch_cases(7, 2)
     assert [outcome.number for outcome in report.offences] == [7, 8]
     assert all(ended in (outcome.offence or "") for outcome in report.offences)

@@ -388,6 +388,7 @@ def test_a_preset_that_names_other_code_is_refused_and_nothing_runs(
     assert not marker.exists()
 
 
+@pytest.mark.processes
 def test_a_preset_of_code_is_refused_even_where_keras_would_trust_it(tmp_path: Path) -> None:
     """Safe mode is a switch that other code in the process may have turned off."""
     program = f"""

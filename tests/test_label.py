@@ -33,7 +33,7 @@ from pipeline.graph import build
 from pipeline.identity import default_backend, describe_run
 from pipeline.options import parse_label
 from pipeline.run import run_label
-from tests.conftest import SMALL_GRID, Labels, label, photo_bytes, read_labels, write_photos
+from tests.conftest import EVENT_SECONDS, SMALL_GRID, Labels, label, photo_bytes, read_labels, wait_until, write_photos
 from tests.fakes import FakeSam, load_fake
 from tests.test_read import images_parquet, images_tar, parquet_bytes, tar_bytes, tfrecord_bytes
 from transforms.match import match_shards
@@ -298,6 +298,7 @@ def test_overwrite_starts_anew_with_other_settings(photos: Path, output: Path, t
 # Workers, and processes that are killed.
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["multi_threading", "multi_processing"])
 def test_two_workers_give_the_rows_of_one(
     tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch, mode: str
@@ -313,27 +314,41 @@ def test_two_workers_give_the_rows_of_one(
     assert read_labels(tmp_path / "two") == read_labels(output)
 
 
-class SlowSam(FakeSam):
-    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> np.ndarray:
-        time.sleep(0.2)
-        return super().embed(frame, resized_hw)
+def stop_after_a_chunk(model: Any, output: Path, stop: Callable[[], None]) -> Any:
+    """A model that calls stop before it embeds anything more once a chunk is committed."""
+    embed = model.embed
+
+    def embed_or_stop(*arguments: Any) -> Any:
+        if has_committed(output):
+            stop()
+        return embed(*arguments)
+
+    model.embed = embed_or_stop
+    return model
 
 
-def load_slow(config: ModelConfig) -> SlowSam:
-    return SlowSam()
+def wait_for_a_signal() -> None:
+    """The run does not end by itself, however long the test takes to send the signal."""
+    time.sleep(EVENT_SECONDS)
 
 
-def slow_main() -> int:
-    """The command with a model that takes its time, for a process of its own."""
-    pipeline.label.run_label = partial(run_label, load=load_slow)
+def waiting_main() -> int:
+    """The command with a fake model that waits for a signal after the first chunk, for a process of its own."""
+    output = Path(sys.argv[sys.argv.index("--output") + 1])
+    load = partial(load_waiting, output)
+    pipeline.label.run_label = partial(run_label, load=load)
     # As from a terminal: a shell that runs the tests in the background has its children ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return cli.main()
 
 
-def start_slowly(tmp_path: Path, *flags: str | Path) -> subprocess.Popen[str]:
-    """`maskbeam label` on twelve photos in a process group of its own, as a shell starts it."""
-    command = [sys.executable, "-c", "import sys; from tests import test_label; sys.exit(test_label.slow_main())"]
+def load_waiting(output: Path, config: ModelConfig) -> Any:
+    return stop_after_a_chunk(FakeSam(), output, wait_for_a_signal)
+
+
+def start_waiting(tmp_path: Path, *flags: str | Path) -> subprocess.Popen[str]:
+    """waiting_main on twelve photos in a process group of its own, as a shell starts it."""
+    command = [sys.executable, "-c", "import sys; from tests import test_label; sys.exit(test_label.waiting_main())"]
     data = write_photos(tmp_path / "data", 12)
     return subprocess.Popen(
         [*command, "label", *SMALL_GRID, "--input", str(data), "--chunk_size", "2", *map(str, flags)],
@@ -346,17 +361,13 @@ def start_slowly(tmp_path: Path, *flags: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(process: subprocess.Popen[str], happened: Callable[[], bool], seconds: float = 90) -> None:
-    """Waits until something happened, while the process runs."""
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def has_committed(output: Path) -> bool:
     return any((output / "images").glob("*.parquet"))
+
+
+def worker_pids(tmp_path: Path) -> list[int]:
+    """The processes that label, of a command that has its temporary files in tmp_path."""
+    return [int(file.name) for file in tmp_path.glob("maskbeam-progress-*/*")]
 
 
 def is_alive(pid: int) -> bool:
@@ -368,14 +379,15 @@ def is_alive(pid: int) -> bool:
 TWO_PROCESSES = ("--direct_num_workers", "2", "--direct_running_mode", "multi_processing")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [(), TWO_PROCESSES], ids=["one worker", "two processes"])
 def test_ctrl_c_ends_with_one_line_and_keeps_what_is_committed(
     tmp_path: Path, output: Path, workers: tuple[str, ...]
 ) -> None:
-    process = start_slowly(tmp_path, "--output", output, *workers)
-    wait_for(process, lambda: has_committed(output))
+    process = start_waiting(tmp_path, "--output", output, *workers)
+    wait_until(lambda: has_committed(output) and len(worker_pids(tmp_path)) == (2 if workers else 1), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, error = process.communicate(timeout=20)
+    _, error = process.communicate(timeout=EVENT_SECONDS)
     assert process.returncode == 130
     assert error.rstrip().splitlines()[-1].startswith("maskbeam: interrupted. What is committed")
     assert "Traceback" not in error and "KeyboardInterrupt" not in error and "Killed" not in error
@@ -387,16 +399,17 @@ def test_ctrl_c_ends_with_one_line_and_keeps_what_is_committed(
     assert len(after) == 6 and {name: after[name] for name in committed} == committed
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc").exists(), reason="tells living processes from dead ones by /proc")
 def test_a_dead_worker_ends_the_run(tmp_path: Path, output: Path) -> None:
-    process = start_slowly(tmp_path, "--output", output, *TWO_PROCESSES)
-    wait_for(process, lambda: has_committed(output))
-    workers = [int(file.name) for file in tmp_path.glob("maskbeam-progress-*/*")]
+    process = start_waiting(tmp_path, "--output", output, *TWO_PROCESSES)
+    wait_until(lambda: has_committed(output) and len(worker_pids(tmp_path)) == 2, process)
+    workers = worker_pids(tmp_path)
     os.kill(workers[0], signal.SIGKILL)
-    _, error = process.communicate(timeout=20)
+    _, error = process.communicate(timeout=EVENT_SECONDS)
     assert process.returncode == 1
     assert error.rstrip().splitlines()[-1].startswith("maskbeam: a worker process died")
-    assert not any(is_alive(pid) for pid in workers)
+    wait_until(lambda: not any(is_alive(pid) for pid in workers))  # they are killed, but may not be dead yet
     assert has_committed(output)
     flags = ("--input", tmp_path / "data", "--chunk_size", "2", "--output")
     assert label(*flags, output) == 0
@@ -432,9 +445,25 @@ def label_really(photos: Path, output: Path, *flags: str) -> Labels:
     return read_labels(output)
 
 
-def start_really(photos: Path, output: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
+def killed_main() -> int:
+    """The command, killed with kill -9 while it labels what follows the first chunk."""
+    output = Path(sys.argv[sys.argv.index("--output") + 1])
+    die = partial(os.kill, os.getpid(), signal.SIGKILL)
+    pipeline.label.run_label = partial(
+        run_label, load=lambda config: stop_after_a_chunk(load_model(config), output, die)
+    )
+    return cli.main()
+
+
+REAL_PROGRAM = (sys.executable, "-m", "pipeline")
+KILLED_PROGRAM = (sys.executable, "-c", "from tests import test_label; test_label.killed_main()")
+
+
+def start_really(
+    program: tuple[str, ...], photos: Path, output: Path, *flags: str, **environment: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "label", *REAL, "--input", str(photos), "--output", str(output), *flags],
+        [*program, "label", *REAL, "--input", str(photos), "--output", str(output), *flags],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -464,13 +493,13 @@ def test_two_runs_are_bit_identical(real_photos: Path, real_labels: Labels, outp
     assert label_really(real_photos, output) == real_labels
 
 
+@pytest.mark.processes
 def test_a_killed_run_started_again_gives_the_rows_of_an_undisturbed_one(
     real_photos: Path, real_labels: Labels, output: Path
 ) -> None:
-    process = start_really(real_photos, output, "--chunk_size", "1")
-    wait_for(process, lambda: has_committed(output))
-    process.kill()
-    process.communicate()
+    process = start_really(KILLED_PROGRAM, real_photos, output, "--chunk_size", "1")
+    told = process.communicate(timeout=EVENT_SECONDS)
+    assert process.returncode == -signal.SIGKILL, told
     num_committed = len(list((output / "images").iterdir()))
     assert not (output / "summary.json").exists() and 1 <= num_committed < len(list(real_photos.iterdir()))
     assert label_really(real_photos, output, "--chunk_size", "1") == real_labels
@@ -484,13 +513,14 @@ def test_points_per_batch_moves_masks_by_no_more_than_rounding(
     assert identical_fraction(labels, real_labels) >= 0.97
 
 
+@pytest.mark.processes
 def test_the_other_backend_moves_masks_by_no_more_than_rounding(
     real_photos: Path, real_labels: Labels, output: Path
 ) -> None:
     pytest.importorskip("jax")
     other = "tensorflow" if default_backend() == "jax" else "jax"
-    process = start_really(real_photos, output, KERAS_BACKEND=other)
-    _, error = process.communicate(timeout=300)
+    process = start_really(REAL_PROGRAM, real_photos, output, KERAS_BACKEND=other)
+    _, error = process.communicate(timeout=EVENT_SECONDS)
     assert process.returncode == 0, error
     assert json.loads((output / "run.json").read_text())["backend"] == other
     assert identical_fraction(read_labels(output), real_labels) >= 0.97

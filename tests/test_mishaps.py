@@ -95,6 +95,7 @@ def test_a_full_disk_is_told_and_what_is_committed_stays(
     assert not (output / "_tmp").exists()
 
 
+@pytest.mark.processes
 def test_a_full_disk_is_one_line_from_worker_processes_too(
     small_disk: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +36,8 @@ from transforms.s3 import _s3_client
 from transforms.segment import ModelConfig, load_model
 from transforms.summary import read_json
 from transforms.write import chunk_name, commit_chunk, delete_tree, list_tree
+
+pytestmark = pytest.mark.processes
 
 BUCKET = "a-bucket"
 
@@ -93,12 +94,10 @@ def s3_server() -> Iterator[ObjectStore]:
 def gs_server() -> Iterator[ObjectStore]:
     emulator = pytest.importorskip("gcp_storage_emulator.server")
     logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
-    with socket.socket() as free, pytest.MonkeyPatch.context() as environment:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-        free.close()
-        server = emulator.create_server("localhost", port, in_memory=True, default_bucket=BUCKET)
+    with pytest.MonkeyPatch.context() as environment:
+        server = emulator.create_server("localhost", 0, in_memory=True, default_bucket=BUCKET)
         server.start()
+        port = server._api._httpd.server_address[1]  # a port found free before it starts could be taken by then
         environment.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
         environment.setenv("GOOGLE_CLOUD_PROJECT", "project")
         yield ObjectStore(f"gs://{BUCKET}", ("--no_auth",))

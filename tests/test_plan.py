@@ -300,6 +300,7 @@ def test_broken_shards_are_a_row(shard_format: str, data: bytes, tmp_path: Path)
     assert (sample.images, sample.whole) == (1, True) and sample.error
 
 
+@pytest.mark.processes
 def test_neither_keras_nor_tensorflow_is_loaded(mixed: Path) -> None:
     flags = ["plan", *FLAGS, "--input", str(mixed)]
     program = f"import sys; from pipeline import cli; assert cli.main({flags!r}) == 0; print(*sys.modules)"

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main
-from tests.conftest import read_labels, write_photos
+from tests.conftest import EVENT_SECONDS, read_labels, wait_until, write_photos
+
+pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pipeline", "transforms")
-STARTUP_SECONDS = 120
-RUN_SECONDS = 600
 
 # The embedded model's predicted IoU is low (its model card).
 SMALL = ["--points_per_side", "2", "--pred_iou_thresh", "0.1", "--stability_score_thresh", "0.5"]
@@ -75,10 +74,7 @@ def start_service(directory: Path, installed: Path, **variables: str) -> Iterato
             stderr=subprocess.STDOUT,
         )
     try:
-        end = time.monotonic() + STARTUP_SECONDS
-        while not port_file.exists():
-            assert service.poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.1)
+        wait_until(port_file.exists, service)
         yield JobService(int(port_file.read_text()), log)
     finally:
         service.terminate()
@@ -93,7 +89,7 @@ def label(installed: Path, directory: Path, *flags: str) -> subprocess.Completed
         env=environment(installed),
         capture_output=True,
         text=True,
-        timeout=RUN_SECONDS,
+        timeout=EVENT_SECONDS,
     )
 
 

@@ -449,6 +449,7 @@ def test_other_bars_are_another_run(data: Path, kept: Path, tmp_path: Path) -> N
     assert not list((tmp_path / "labels" / "candidates").iterdir())
 
 
+@pytest.mark.processes
 def test_no_model_is_loaded(kept: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from pipeline.cli import main; "

@@ -150,6 +150,7 @@ def test_unknown_dtype_is_an_error() -> None:
         load_sam(str(PRESET), "int8")
 
 
+@pytest.mark.processes
 def test_jax_programs_are_kept_for_the_next_process(tmp_path: Path) -> None:
     program = f"""
 import numpy as np
