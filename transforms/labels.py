@@ -6,6 +6,7 @@ those is not read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,14 @@ import pyarrow as pa
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+from transforms.manifest import newest, read_manifest
 from transforms.parquet_file import open_parquet
-from transforms.resume import committed_chunks
+from transforms.resume import list_tables
 from transforms.schema import ANNOTATIONS, IMAGES
-from transforms.summary import read_json
-from transforms.write import ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR, RUN_FILE, chunk_name
+from transforms.summary import SUMMARY_FILE, read_json
+from transforms.write import ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR, RUN_FILE, ChunkKey
+
+_log = logging.getLogger(__name__)
 
 _EXPECTED = "Expected the --output of `maskbeam label`, `refine` or `import`."
 _MADE_BY_US = {"root", "model_fingerprint", "amg"}
@@ -70,20 +74,40 @@ def read_run(labels: str) -> dict[str, Any]:
     return run
 
 
-def list_chunks(labels: str) -> list[tuple[str, int]]:
-    """Shard and index of each committed chunk, in the order in which everything that reads labels goes through them.
+def list_chunks(labels: str) -> list[ChunkKey]:
+    """The committed chunks, in the order in which everything that reads labels goes through them.
+
+    Of a run that is not finished, a warning says so.
 
     Raises:
-      ValueError: there is none, or the directory is not one of ours.
+      ValueError: there is none, some that the summary counts are missing, or the directory is not one of ours.
     """
-    chunks = [(shard, index) for shard, indices in sorted(committed_chunks(labels).items()) for index in indices]
+    run = read_run(labels)
+    manifest = read_manifest(labels, run)
+    committed = list_tables(labels, (IMAGES_DIR, ANNOTATIONS_DIR)).committed()
+    chunks = newest(committed) if manifest is None else manifest.counting(committed)
     if not chunks:
-        read_run(labels)  # which tells better what is wrong with a directory that is none of ours
         raise ValueError(f"{labels} holds no finished chunk. Let `maskbeam label` run until it has committed some.")
+    gone = {shard.name for shard in manifest.gone} if manifest else set()
+    _check_complete(labels, sum(chunk.shard not in gone for chunk in chunks))
     return chunks
 
 
-def read_chunk(labels: str, shard: str, index: int) -> ChunkTables:
+def _check_complete(labels: str, num_chunks: int) -> None:
+    """Compares the chunks that are there with those that the summary counts."""
+    path = FileSystems.join(labels, SUMMARY_FILE)
+    if not FileSystems.exists(path):
+        _log.warning("%s is not finished: this is what it has so far. Run the command that makes it again.", labels)
+        return
+    expected = read_json(path).get("chunks") or 0
+    if num_chunks < expected:
+        raise ValueError(
+            f"{expected - num_chunks} of the {expected} chunks that {path} counts are missing in {labels}. Run the "
+            "command that made it again: it makes them anew."
+        )
+
+
+def read_chunk(labels: str, chunk: ChunkKey) -> ChunkTables:
     """The two tables of a committed chunk.
 
     Raises:
@@ -91,7 +115,7 @@ def read_chunk(labels: str, shard: str, index: int) -> ChunkTables:
     """
     tables = []
     for directory, schema in ((IMAGES_DIR, IMAGES), (ANNOTATIONS_DIR, ANNOTATIONS)):
-        path = FileSystems.join(labels, directory, chunk_name(shard, index))
+        path = FileSystems.join(labels, directory, chunk.file_name)
         tables.append(_read_table(path))
         if missing := [name for name in schema.names if name not in tables[-1].column_names]:
             raise ValueError(
@@ -101,10 +125,10 @@ def read_chunk(labels: str, shard: str, index: int) -> ChunkTables:
     strays = set(annotations["image_id"].unique().to_pylist()) - set(images["image_id"].to_pylist())
     if strays:
         raise ValueError(
-            f"the annotations of chunk {chunk_name(shard, index)} in {labels} are of images that its images table "
+            f"the annotations of chunk {chunk.file_name} in {labels} are of images that its images table "
             f"does not have, such as {min(strays)!r}: its two files do not belong together. Label again."
         )
-    return ChunkTables(shard, index, images, annotations)
+    return ChunkTables(chunk.shard, chunk.index, images, annotations)
 
 
 def read_chunks(labels: str) -> Iterator[ChunkTables]:
@@ -113,11 +137,11 @@ def read_chunks(labels: str) -> Iterator[ChunkTables]:
     Raises:
       ValueError: there is none, or one is damaged.
     """
-    for shard, index in list_chunks(labels):
-        yield read_chunk(labels, shard, index)
+    for chunk in list_chunks(labels):
+        yield read_chunk(labels, chunk)
 
 
-def read_image_ids(labels: str, chunks: list[tuple[str, int]]) -> Iterator[str]:
+def read_image_ids(labels: str, chunks: list[ChunkKey]) -> Iterator[str]:
     """The ids of all images of the chunks, of which nothing else is read.
 
     Raises:
@@ -127,23 +151,23 @@ def read_image_ids(labels: str, chunks: list[tuple[str, int]]) -> Iterator[str]:
         yield from images["image_id"].to_pylist()
 
 
-def read_images(labels: str, chunks: list[tuple[str, int]], columns: list[str]) -> Iterator[pa.Table]:
+def read_images(labels: str, chunks: list[ChunkKey], columns: list[str]) -> Iterator[pa.Table]:
     """Columns of the images table of each chunk, of which nothing else is read.
 
     Raises:
       ValueError: a file is damaged, or is not one of ours.
     """
-    for shard, index in chunks:
-        yield _read_table(FileSystems.join(labels, IMAGES_DIR, chunk_name(shard, index)), columns)
+    for chunk in chunks:
+        yield _read_table(FileSystems.join(labels, IMAGES_DIR, chunk.file_name), columns)
 
 
-def read_candidates(labels: str, shard: str, index: int, columns: list[str]) -> pa.Table:
+def read_candidates(labels: str, chunk: ChunkKey, columns: list[str]) -> pa.Table:
     """Columns of the candidates of a committed chunk; "segmentation.counts" is a part of one.
 
     Raises:
       ValueError: the file is not there or damaged.
     """
-    return _read_table(FileSystems.join(labels, CANDIDATES_DIR, chunk_name(shard, index)), columns)
+    return _read_table(FileSystems.join(labels, CANDIDATES_DIR, chunk.file_name), columns)
 
 
 def _read_table(path: str, columns: list[str] | None = None) -> pa.Table:

@@ -62,6 +62,13 @@ class Manifest:
             return container.generation <= key.generation <= container.generation_of(key.index)
         return False
 
+    def awaits(self, key: ChunkKey) -> bool:
+        """Whether a start that goes by this manifest may be writing the files of a chunk."""
+        if entry := self._loose.get((key.shard, key.index)):
+            return key.generation == entry.generation
+        container = self._containers.get(key.shard)
+        return container is not None and key.generation == container.generation_of(key.index)
+
     def knows(self, key: ChunkKey) -> bool:
         """Whether a chunk's name is one that this run gives, in whatever generation."""
         return (key.shard, key.index) in self._loose or key.shard in self._containers
@@ -91,7 +98,41 @@ def write_manifest(output: str, manifest: Manifest) -> None:
     Raises:
       OSError: it cannot be written.
     """
-    content = {
+    path = manifest_path(output, manifest.id)
+    try:
+        with replace_file(path) as file:
+            file.write(json.dumps(manifest_to_json(manifest)).encode())
+    except Exception as error:
+        raise OSError(f"cannot write {path}: {describe_error(error)}") from error
+
+
+def read_manifest(output: str, run: dict[str, Any]) -> Manifest | None:
+    """The manifest that run.json names; None if there is none, or a damaged one.
+
+    Args:
+      run: content of run.json.
+    """
+    path = manifest_path(output, run.get("manifest") or "none")
+    if "manifest" not in run or not FileSystems.exists(path):
+        return None
+    try:
+        content = read_json(path)
+        root = content["root"]
+        return Manifest(
+            content["id"],
+            content["generation"],
+            root,
+            tuple(content["input"]),
+            tuple(_from_json(shard, root) for shard in content["shards"]),
+            tuple(_from_json(shard, root) for shard in content["gone"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
+    """For JSON; paths are relative to the root."""
+    return {
         "format": FORMAT,
         "id": manifest.id,
         "generation": manifest.generation,
@@ -100,37 +141,6 @@ def write_manifest(output: str, manifest: Manifest) -> None:
         "shards": [_to_json(shard, manifest.root) for shard in manifest.shards],
         "gone": [_to_json(shard, manifest.root) for shard in manifest.gone],
     }
-    path = manifest_path(output, manifest.id)
-    try:
-        with replace_file(path) as file:
-            file.write(json.dumps(content).encode())
-    except Exception as error:
-        raise OSError(f"cannot write {path}: {describe_error(error)}") from error
-
-
-def read_manifest(output: str, run: dict[str, Any], root: str | None = None) -> Manifest | None:
-    """The manifest that run.json names; None if there is none, or a damaged one.
-
-    Args:
-      run: content of run.json.
-      root: where the files are now. Default: where they were.
-    """
-    path = manifest_path(output, run.get("manifest") or "none")
-    if "manifest" not in run or not FileSystems.exists(path):
-        return None
-    try:
-        content = read_json(path)
-        root = content["root"] if root is None else root
-        return Manifest(
-            content["id"],
-            content["generation"],
-            content["root"],
-            tuple(content["input"]),
-            tuple(_from_json(shard, root) for shard in content["shards"]),
-            tuple(_from_json(shard, root) for shard in content["gone"]),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def _to_json(shard: Shard, root: str) -> dict[str, Any]:

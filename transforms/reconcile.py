@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
+from urllib.parse import unquote
 
 from transforms.manifest import Manifest
 from transforms.match import Matched
@@ -177,18 +178,30 @@ class _Reconciliation:
             for shard in self.matched.shards
             for file in shard.files
         }
-        containers = {shard.name for shard in self.matched.shards if shard.format != "image"}
         for (name, index), (chunk, *_) in self.before.by_place.items():
-            rows = [] if name in containers else read_image_rows(self.config.output, chunk.key)
-            if name in containers or any(row["image_id"].endswith(f"#{row['row']}") for row in rows):
+            if self._is_packed(name):
                 continue
             files = tuple(
-                SourceFile(paths.get(row["image_id"], f"{self.matched.root}/{row['image_id']}"), -1) for row in rows
+                SourceFile(paths.get(row["image_id"], f"{self.matched.root}/{row['image_id']}"), -1)
+                for row in read_image_rows(self.config.output, chunk.key)
             )
             entries[name].append(
-                Shard(name, "", "image", files, index, None, chunk.key.generation, (), chunk.report.digest)
+                Shard(name, "", "image", files, index, generation=chunk.key.generation, digest=chunk.report.digest)
             )
         return entries
+
+    def _is_packed(self, name: str) -> bool:
+        """Without a manifest: whether a shard that has rows is a file of many images."""
+        if name in self._formats:
+            return self._formats[name] != "image"
+        for chunk in self.before.by_shard[name]:
+            for row in read_image_rows(self.config.output, chunk.key):
+                return row["image_id"].endswith(f"#{row['row']}")
+        return True
+
+    @cached_property
+    def _formats(self) -> dict[str, str]:
+        return {shard.name: shard.format for shard in self.matched.shards}
 
     def _directory(self, shards: list[Shard], entries: list[Shard]) -> Iterator[Shard]:
         """The chunks of one directory: those that stay, the rest of those that lost files, and new ones."""
@@ -262,16 +275,18 @@ class _Reconciliation:
                 for shard in (*manifest.shards, *manifest.gone)
                 if shard.format != "image"
             }
-        entries = {}
-        for shard in self.matched.shards:
-            chunks = self.before.by_shard.get(shard.name, [])
-            if shard.format != "image" and chunks:
-                unknown = tuple(replace(file, num_bytes=-1) for file in shard.files)
-                first = chunks[0]
-                entries[shard.name] = replace(
-                    shard, files=unknown, generation=first.key.generation, digest=first.report.digest
-                )
-        return entries
+        return {
+            name: Shard(
+                name,
+                f"{self.matched.root}/{unquote(name)}",
+                "",
+                (),
+                generation=chunks[0].key.generation,
+                digest=chunks[0].report.digest,
+            )
+            for name, chunks in self.before.by_shard.items()
+            if self._is_packed(name)
+        }
 
     def _container(self, shard: Shard, entry: Shard) -> Shard:
         """A file of many images that there was: as it was, some of its chunks done again, or all of it."""
@@ -281,7 +296,7 @@ class _Reconciliation:
             if (chunk.key.generation, chunk.report.digest) == (entry.generation_of(chunk.key.index), entry.digest)
         ]
         files = entry.files
-        if _hint(entry.files[0]) != _hint(shard.files[0]):
+        if [*map(_hint, entry.files)] != [*map(_hint, shard.files)]:
             if change := self._difference(shard, chunks):
                 self.changed.append(shard.path)
                 if not self.config.accept_changed:

@@ -332,6 +332,7 @@ class ChunkReport:
       digest, source: what the chunk was made of, for machines (see Shard) and for people.
       final: True for the shard's last chunk.
       run_id: the id in run.json when it was committed.
+      generation: of the chunk, see Shard.
       siblings: bytes of the files that were committed with it, by their directories; None before version 2.
     """
 
@@ -342,4 +343,5 @@ class ChunkReport:
     source: str
     totals: Totals
     run_id: str | None = None
+    generation: int = 0
     siblings: dict[str, int] | None = None

@@ -151,7 +151,7 @@ def _read_checked(output: str, key: ChunkKey) -> tuple[ChunkReport, pa.Table] | 
         images = table.select(["image_id", "row", "sha256", "key", "file_name", "status"])
     except (ValueError, KeyError, TypeError, OSError, pa.ArrowException):  # what pyarrow raises for broken files
         return None
-    return (report, images) if (report.shard, report.index) == (key.shard, key.index) else None
+    return (report, images) if ChunkKey(report.shard, report.index, report.generation) == key else None
 
 
 def read_report(output: str, shard: str, index: int, generation: int = 0) -> ChunkReport | None:

@@ -24,7 +24,6 @@ from transforms.resume import TableFiles
 from transforms.schema import with_report
 from transforms.write import (
     ANNOTATIONS_DIR,
-    CANDIDATES_DIR,
     IMAGES_DIR,
     ChunkKey,
     check_run,
@@ -62,6 +61,7 @@ def rewrite_chunk(
         source=entry.source,
         totals=_totals(tables[IMAGES_DIR], report.totals, entry),
         run_id=run.get("id"),
+        generation=entry.generation,
         siblings=None,
     )
     for directory, table in tables.items():
@@ -122,13 +122,12 @@ def delete_leftovers(
     Raises:
       RunReplaced: another start goes on with the output.
     """
-    counting = {(key.shard, key.index): key.generation for key in manifest.counting(committed)}
+    counting = set(manifest.counting(committed))
     paths = []
-    for directory in (IMAGES_DIR, ANNOTATIONS_DIR, CANDIDATES_DIR):  # a chunk is one as long as it has its images file
-        for key in tables.num_bytes[directory]:
+    for directory, found in tables.num_bytes.items():  # images first: a chunk is one as long as it has its images file
+        for key in found:
             path = FileSystems.join(output, directory, key.file_name)
-            replaced = manifest.holds(key) and key.generation < counting.get((key.shard, key.index), -1)
-            if replaced or (not manifest.holds(key) and (manifest.knows(key) or _is_ours(path))):
+            if key not in counting and not manifest.awaits(key) and (manifest.knows(key) or _is_ours(path)):
                 paths.append(path)
     if paths:
         check_run(output, run)

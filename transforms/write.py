@@ -139,21 +139,22 @@ def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> Chunk
       RunReplaced: the directory belongs to another run by now.
     """
     start = time.perf_counter()
+    key = ChunkKey(chunk.shard.name, chunk.index, chunk.shard.generation_of(chunk.index))
     report = ChunkReport(
-        chunk.shard.name,
-        chunk.index,
+        key.shard,
+        key.index,
         chunk.final,
         chunk.digest,
         chunk.shard.source,
         totals=chunk.totals(),
         run_id=run.get("id"),
+        generation=key.generation,
     )
     annotations, images = chunk_to_tables(chunk, report, run)
     tables = {ANNOTATIONS_DIR: annotations, IMAGES_DIR: images}
     if chunk.keep_candidates:
         tables[CANDIDATES_DIR] = chunk_to_candidates(chunk, report, run)
-    name = chunk_name(chunk.shard.name, chunk.index, chunk.shard.generation_of(chunk.index))
-    report = commit_tables(tables, name, output, run)
+    report = commit_tables(tables, key.file_name, output, run)
     seconds = report.totals.seconds + Seconds(write=time.perf_counter() - start)
     return replace(report, totals=replace(report.totals, seconds=seconds))
 
