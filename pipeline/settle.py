@@ -135,9 +135,9 @@ def _settled_reports(
 
 def _notes(output: str, result: Reconciled, before: Before) -> Iterator[str]:
     if removed := result.removed:
-        yield f"{len(removed)} photos are not in the input any more; their rows go: {format_some(removed)}"
+        yield f"not in the input any more, rows deleted: {len(removed)}, {format_some(removed)}"
     if changed := result.changed:
-        yield f"{len(changed)} changed and are labeled again: {format_some(changed)}"
+        yield f"changed, labeled again: {len(changed)}, {format_some(changed)}"
     if gone := sum(len(before.by_shard.get(shard.name, [])) for shard in result.manifest.gone):
         yield f"{gone} chunks in {output} are of inputs that are not there any more; their rows stay"
 

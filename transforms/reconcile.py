@@ -367,15 +367,21 @@ class _Reconciliation:
         if self.limit is None or not self.before.committed:
             return
         now = {shard.name: shard for shard in self.matched.shards if shard.format != "image"}
-        added = [shard.path for name, shard in now.items() if name not in entries]
-        lost = [entry.path for name, entry in entries.items() if name not in now]
-        cut = [now[name].path for name in now.keys() & entries.keys() if self._cut_elsewhere(now[name], entries[name])]
-        for paths, what in ((lost, "is not among them any more"), (added, "is new"), (cut, "gives other ones")):
-            if paths:
-                raise InputChanged(
-                    f"the first {self.limit} images (--limit) are not those that were labeled: {sorted(paths)[0]} "
-                    f"{what}. Restore the input, label into another --output, or start over with --overwrite."
-                )
+        changes = {
+            **{shard.path: "is new" for name, shard in now.items() if name not in entries},
+            **{entry.path: "is not among them any more" for name, entry in entries.items() if name not in now},
+            **{
+                now[name].path: "gives other ones"
+                for name in now.keys() & entries.keys()
+                if self._cut_elsewhere(now[name], entries[name])
+            },
+        }
+        if changes:
+            first = min(changes)  # what follows is a consequence
+            raise InputChanged(
+                f"the first {self.limit} images (--limit) are not those that were labeled: {first} {changes[first]}. "
+                "Restore the input, label into another --output, or start over with --overwrite."
+            )
 
     def _cut_elsewhere(self, now: Shard, entry: Shard) -> bool:
         return self.before.manifest is not None and now.max_images != entry.max_images
