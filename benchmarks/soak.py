@@ -223,7 +223,7 @@ def run_to_end(data: Path, output: Path, scratch: Path, *flags: str) -> None:
 
 def progress_files(scratch: Path) -> list[Path]:
     """One for each process that labels, of this start and of those before; named by the process's id."""
-    return list(scratch.glob("maskbeam-progress-*/*"))
+    return list(scratch.glob("maskbeam-*/progress/*"))
 
 
 def read_rows(output: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

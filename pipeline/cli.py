@@ -6,6 +6,9 @@ import importlib
 import logging
 import os
 import sys
+import warnings
+
+from pipeline.interruption import handle_signals, interruptible
 
 # Each is a module's main(argv); what it does is shown by --help.
 _COMMANDS = {
@@ -24,10 +27,15 @@ _COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs a subcommand.
 
+    Args:
+      argv: None = this is the program itself, whose signals are handled from here on.
+
     Returns:
-      0 done, 1 the run failed, 2 usage, 130 interrupted.
+      0 done, 1 the run failed, 2 usage, 130 interrupted, 143 terminated.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        handle_signals()
+        argv = sys.argv[1:]
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
     if command in ("", "-h", "--help"):
         print(_usage(), end="")
@@ -53,9 +61,10 @@ def _run(command: str, argv: list[str]) -> int:
     # Imported late, and only what is asked for: most bring Beam with them, and --help should not wait for it.
     from pipeline.options import UsageError
 
-    module, _ = _COMMANDS[command]
+    module = importlib.import_module(_COMMANDS[command][0])
     try:
-        code: int = importlib.import_module(module).main(argv)
+        with interruptible():
+            code: int = module.main(argv)
     except UsageError as error:
         print(f"maskbeam {command}: {error}", file=sys.stderr)
         return 2
@@ -63,13 +72,14 @@ def _run(command: str, argv: list[str]) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Beam and TensorFlow tell a lot that no user can act on; warnings and errors stay."""
+    """What libraries say is nothing that a user could act on; errors that matter are exceptions, and said once."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())
-    # An error that ends the run is printed by run.py, once.
-    logging.getLogger("apache_beam.runners").setLevel(logging.CRITICAL)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    warnings.simplefilter("ignore")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    handler.addFilter(lambda record: record.name.startswith(("pipeline.", "transforms.")))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 if __name__ == "__main__":

@@ -93,6 +93,8 @@ def run_import(config: ImportConfig) -> int:
             raise ValueError("expected an object with images, annotations and categories")
         records = about.get("annotations") if isinstance(content, dict) else content
         grouped = group_by_image(about.get("images"), records)
+        if not grouped:
+            raise ValueError("it has no images")
         check_categories([record for _, annotations in grouped for record in annotations], about.get("categories"))
         images = [
             coco_to_image(image, row, annotations)

@@ -120,6 +120,9 @@ def run_refine(job: RefineJob, changes: dict[str, Any]) -> int:
     print(_summary(totals, sum(source.totals.masks for source in sources), output))
     if not FileSystems.exists(FileSystems.join(labels, SUMMARY_FILE)):
         print(f"{labels} is not finished: this is what it has so far. Run again when there is more.")
+    if totals.failed == totals.images:
+        print(f"maskbeam: there was nothing to refine: all {totals.images} images of {labels} failed.", file=sys.stderr)
+        return EXIT_FAILED
     return EXIT_DONE
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +15,7 @@ from apache_beam.runners.runner import PipelineResult, PipelineState
 
 from pipeline.dataflow import IMAGE_MODELS, is_dataflow, makes_template, prepare_dataflow, runner_name
 from pipeline.graph import Job, build
+from pipeline.interruption import when_interrupted
 from pipeline.options import UsageError
 from transforms.embedded import embedded_presets
 from transforms.match import absolute
@@ -131,11 +130,8 @@ def run_elsewhere(job: Job, options: PipelineOptions, run: dict[str, Any], load:
     where, stop = _describe_job(result, options)
     print(f"submitted: {where}{stop}", file=sys.stderr, flush=True)
     try:
-        with _runner_heard():
-            state = result.wait_until_finish()
-    except KeyboardInterrupt:
-        print(f"maskbeam: the job goes on without this command: {where}{stop}", file=sys.stderr)
-        raise
+        with when_interrupted(sentence=_describe_parting(options, where, stop)):
+            state = _wait(result, options)
     except Exception as error:  # each runner raises something else
         raise JobFailed(str(error).removesuffix("\nNone")) from error  # Dataflow, where it knows no reason
     if state != PipelineState.DONE:
@@ -144,16 +140,30 @@ def run_elsewhere(job: Job, options: PipelineOptions, run: dict[str, Any], load:
     return _count_images(result)
 
 
-@contextlib.contextmanager
-def _runner_heard() -> Iterator[None]:
-    """Shows what the runner says while the job runs: its state and the service's messages."""
-    logger = logging.getLogger("apache_beam.runners")
-    before = logger.level
-    logger.setLevel(logging.INFO)
+def _wait(result: PipelineResult, options: PipelineOptions) -> str:
+    """Waits for the job's end; cancels it if this command ends before and the job cannot go on."""
     try:
-        yield
-    finally:
-        logger.setLevel(before)
+        return result.wait_until_finish()
+    except KeyboardInterrupt:
+        if _needs_this_process(options):
+            with contextlib.suppress(Exception):  # it may have ended just now
+                result.cancel()
+        raise
+
+
+def _needs_this_process(options: PipelineOptions) -> bool:
+    """Whether the job's workers, or the server that has the job, are part of this process or were started by it."""
+    if is_dataflow(options):
+        return False
+    portable = options.view_as(PortableOptions)
+    return portable.environment_type == "LOOPBACK" or not portable.job_endpoint
+
+
+def _describe_parting(options: PipelineOptions, where: str, stop: str) -> str:
+    """What becomes of the job if this command is interrupted."""
+    if _needs_this_process(options):
+        return f"The job ends with this command: {where}. Run the same command to go on."
+    return f"The job goes on without this command: {where}{stop}"
 
 
 def _describe_job(result: PipelineResult, options: PipelineOptions) -> tuple[str, str]:
@@ -165,7 +175,7 @@ def _describe_job(result: PipelineResult, options: PipelineOptions) -> tuple[str
     job = result.job_id()
     return (
         f"https://console.cloud.google.com/dataflow/jobs/{cloud.region}/{job}?project={cloud.project}",
-        f"\n  stop it with: gcloud dataflow jobs cancel {job} --region {cloud.region} --project {cloud.project}",
+        f", stop it with: gcloud dataflow jobs cancel {job} --region {cloud.region} --project {cloud.project}",
     )
 
 

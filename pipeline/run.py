@@ -1,13 +1,14 @@
 """Runs the label job: checks, progress, summary, and a clean end whatever happens.
 
-The pipeline runs in a thread of its own; the main thread shows the progress, takes Ctrl-C and notices dead workers.
-The local runner would turn Ctrl-C into a stack trace and wait for a dead worker for ever.
+The pipeline runs in a thread of its own; the main thread shows the progress and notices dead workers, for which the
+local runner would wait for ever.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -15,6 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +31,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from pipeline.dataflow import makes_template
 from pipeline.graph import Job, build
 from pipeline.identity import claim_output, default_backend, describe_run, refuse_input_in_output
+from pipeline.interruption import when_interrupted
 from pipeline.options import UsageError, runs_locally
 from pipeline.progress import Progress
 from pipeline.remote import JobFailed, prepare, run_elsewhere
@@ -46,9 +49,11 @@ from transforms.write import RunReplaced, TooManyFailures
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 _POLL_SECONDS = 0.2
+
+# In the temporary directory of a run: a file of each worker process, by its id.
+PROGRESS_DIR = "progress"
 
 # These say all there is to say; for others the stack trace is shown, too.
 _EXPECTED_ERRORS = (InputChanged, JobFailed, ModelBroken, RunReplaced, TooManyFailures, OSError)
@@ -87,10 +92,12 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) ->
             "do the work twice.",
             file=sys.stderr,
         )
-    try:
-        return _label(job, options, settled, matched, load)
-    finally:
-        withdraw_start(note)
+    stays = f"What is committed in {job.output.output} stays; run the same command to go on."
+    with when_interrupted(lambda: withdraw_start(note), stays):
+        try:
+            return _label(job, options, settled, matched, load)
+        finally:
+            withdraw_start(note)
 
 
 def _label(job: Job, options: PipelineOptions, settled: Settled, matched: Matched, load: LoadSam) -> int:
@@ -148,10 +155,14 @@ def _run_remotely(job: Job, options: PipelineOptions, run: dict[str, Any], load:
 
 
 class _LocalRunner(FnApiRunner):
-    """Runs worker processes so that they leave Ctrl-C to this one and know the flags of file systems.
+    """Runs worker processes so that they leave signals to this one, can be stopped, and know the flags of file systems.
 
     Beam itself starts them without any.
     """
+
+    def __init__(self, progress_dir: Path) -> None:
+        super().__init__()
+        self._progress_dir = progress_dir
 
     def run_via_runner_api(self, pipeline_proto: Any, options: PipelineOptions) -> Any:
         # Those of the file systems are texts and switches. A switch that is off has no flag for it.
@@ -161,8 +172,11 @@ class _LocalRunner(FnApiRunner):
         )
         for environment in pipeline_proto.components.environments.values():
             if environment.urn == python_urns.SUBPROCESS_SDK:
-                # The payload is a shell's command line. Without exec the shell would stay, and tell who was killed.
-                environment.payload = b"trap '' INT; exec " + environment.payload
+                # The payload is a shell's command line. The process is known before it does anything, so that it can be
+                # stopped; once everything is, no new one begins. Without exec the shell would stay, and tell who was
+                # killed.
+                known = f": > {shlex.quote(str(self._progress_dir))}/$$ || exit 1; trap '' INT TERM; exec "
+                environment.payload = known.encode() + environment.payload
         return super().run_via_runner_api(pipeline_proto, options)
 
 
@@ -170,14 +184,15 @@ def _run_here(
     job: Job, options: PipelineOptions, run: dict[str, Any], matched: Matched, done: Totals, load: LoadSam
 ) -> _Outcome:
     """Runs the pipeline in a thread and looks after it from this one."""
-    progress_dir = Path(tempfile.mkdtemp(prefix="maskbeam-progress-"))
+    directory = Path(tempfile.gettempdir(), f"maskbeam-{uuid.uuid4().hex}")
+    progress_dir = directory / PROGRESS_DIR
     ended = threading.Event()
     errors: list[BaseException] = []
     dead_workers: list[BaseException] = []
 
     def work() -> None:
         try:
-            pipeline = beam.Pipeline(_LocalRunner(), options=options)
+            pipeline = beam.Pipeline(_LocalRunner(progress_dir), options=options)
             build(pipeline, job, run, load, str(progress_dir))
             pipeline.run().wait_until_finish()
         except BaseException as error:
@@ -190,46 +205,59 @@ def _run_here(
         dead_workers.append(failure.exc_value or RuntimeError(str(failure.exc_type)))
 
     start = time.monotonic()
-    progress = _make_progress(job, matched, done, progress_dir)
     previous_hook, threading.excepthook = threading.excepthook, thread_failed
-    try:
-        threading.Thread(target=work, name="pipeline", daemon=True).start()
-        while not ended.wait(_POLL_SECONDS):
-            progress.update()
-            if dead_workers:
-                _stop(
-                    progress,
-                    progress_dir,
-                    EXIT_FAILED,
-                    f"maskbeam: a worker process died ({_last_line(dead_workers[0])}). If memory ran out, lower "
-                    "--direct_num_workers, --points_per_batch or --max_pixels. What is committed stays; run the same "
-                    "command to go on.",
-                )
-        progress.close()
-    except KeyboardInterrupt:
-        _stop(
-            progress,
-            progress_dir,
-            EXIT_INTERRUPTED,
-            f"maskbeam: interrupted. What is committed in {job.output.output} stays; run the same command to go on.",
-        )
-    finally:
-        threading.excepthook = previous_hook
-        shutil.rmtree(progress_dir, ignore_errors=True)
+    previous_tempdir = tempfile.tempdir
+    with when_interrupted(lambda: _stop_workers(directory)):
+        try:
+            directory.mkdir(mode=0o700)
+            progress_dir.mkdir()
+            tempfile.tempdir = str(directory)  # so that Beam's own directory does not stay, however this ends
+            progress = _make_progress(job, matched, done, progress_dir)
+            threading.Thread(target=work, name="pipeline", daemon=True).start()
+            while not ended.wait(_POLL_SECONDS):
+                progress.update()
+                if dead_workers:
+                    progress.close()
+                    _give_up(directory, dead_workers[0])
+            progress.close()
+            shutil.rmtree(directory, ignore_errors=True)
+        except BaseException:
+            _stop_workers(directory)
+            raise
+        finally:
+            tempfile.tempdir = previous_tempdir
+            threading.excepthook = previous_hook
     return _Outcome(errors[0] if errors else None, progress.images, time.monotonic() - start)
 
 
-def _stop(progress: Progress, progress_dir: Path, code: int, message: str) -> NoReturn:
+def _give_up(directory: Path, error: BaseException) -> NoReturn:
     """Ends this process and its workers at once: the runner's own threads cannot be asked to stop."""
-    progress.close()
-    print(message, file=sys.stderr, flush=True)
-    for process in progress.processes:
-        if process != os.getpid():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-    shutil.rmtree(progress_dir, ignore_errors=True)
+    print(
+        f"maskbeam: a worker process died ({_last_line(error)}). If memory ran out, lower --direct_num_workers, "
+        "--points_per_batch or --max_pixels. What is committed stays; run the same command to go on.",
+        file=sys.stderr,
+        flush=True,
+    )
+    _stop_workers(directory)
     sys.stdout.flush()
-    os._exit(code)
+    os._exit(EXIT_FAILED)
+
+
+def _stop_workers(directory: Path) -> None:
+    """Kills the worker processes, those that begin just now, too, and deletes the run's temporary directory."""
+    stopped = directory.with_suffix(".stopped")
+    with contextlib.suppress(FileNotFoundError):  # the run had ended, or had not begun
+        directory.rename(stopped)  # who looks for it from now on, ends
+        for name in os.listdir(stopped / PROGRESS_DIR):
+            _kill_child(int(name))
+    shutil.rmtree(stopped, ignore_errors=True)
+
+
+def _kill_child(process: int) -> None:
+    """Kills a process if it is a child of this one and lives; its number may be another's by now."""
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):
+        if os.waitpid(process, os.WNOHANG) == (0, 0):
+            os.kill(process, signal.SIGKILL)
 
 
 def _make_progress(job: Job, matched: Matched, done: Totals, progress_dir: Path) -> Progress:
@@ -265,8 +293,8 @@ def describe_no_result(totals: Totals) -> str:
     if not totals.images:
         return "nothing was labeled: the input has no images. Check --input."
     return (
-        f"nothing was labeled: all {totals.images} images failed, for the reasons above. Their rows stay. Mend the "
-        "input, and run the same command with --retry_failed."
+        f"nothing was labeled: all {totals.images} images failed for the reasons above. Their rows stay. Mend the input"
+        " and run the same command with --retry_failed."
     )
 
 
@@ -278,6 +306,11 @@ def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output:
     ]
     if totals.failed > 5:
         lines.append(f"  ... and {totals.failed - 5} more: rows with status failed in {output}/images")
+    if annotations := totals.annotations.images:
+        lines.append(
+            f"{annotations} images in tar files annotate a photo and were not labeled: "
+            f"{format_some(totals.annotations.names)}"
+        )
     if ignored:
         lines.append(f"{len(ignored)} files ignored, not images by their names: {format_some(ignored)}")
     dropped = ", ".join(f"{name} {count}" for name, count in vars(totals.dropped).items() if count)

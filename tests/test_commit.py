@@ -26,6 +26,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from pipeline.identity import claim_output
 from pipeline.options import UsageError
+from tests.conftest import EVENT_SECONDS
 from tests.memory_store import STORE
 from tests.test_write import MASK, SHARD, chunk_of, failed, labeled
 from transforms.records import LabeledChunk, Seconds, Totals
@@ -418,12 +419,12 @@ class Schedule:
             thread.start()
         while True:
             with self._condition:
-                assert self._condition.wait_for(lambda: self._turn is None, timeout=60)
+                assert self._condition.wait_for(lambda: self._turn is None, timeout=EVENT_SECONDS)
                 if not self._running:
                     break
                 self._turn = self._coin.choice(sorted(self._running))
                 self._condition.notify_all()
-                self._condition.wait_for(lambda: self._turn is None, timeout=60)
+                assert self._condition.wait_for(lambda: self._turn is None, timeout=EVENT_SECONDS)
         for thread in threads:
             thread.join()
         return results

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+from itertools import product
 from unittest import mock
 
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from transforms import frame
 from transforms.frame import Upsampling, resized_hw, to_frame, to_frame_points
+from transforms.masks import mask_to_runs, measure_mask
 
 LOW, FRAME = 16, 64  # a small model
 SIZES_HW = [(1, 1), (1, 500), (500, 1), (2, 3), (40, 25), (64, 64), (48, 64), (63, 65), (300, 70), (70, 300)]
@@ -113,23 +116,102 @@ def test_to_frame_points(
 def test_pixels_are_averages_of_at_most_four_low_res_logits_an_axis(size_hw: tuple[int, int]) -> None:
     upsampling = Upsampling.build(size_hw, LOW, FRAME)
     for axis, n_out in zip((upsampling.y, upsampling.x), size_hw, strict=True):
-        assert axis.matrix.shape == (n_out, LOW)
+        assert axis.matrix is not None and axis.matrix.shape == (n_out, LOW)
         assert axis.matrix.min() >= 0
         np.testing.assert_allclose(axis.matrix.sum(axis=1), 1, rtol=0, atol=1e-6)
         assert np.count_nonzero(axis.matrix, axis=1).max() <= 4
 
 
 @pytest.mark.parametrize("size_hw", SIZES_HW)
-def test_first_and_last_enclose_the_weights_and_ascend(size_hw: tuple[int, int]) -> None:
+def test_support_and_reach_enclose_the_weights(size_hw: tuple[int, int]) -> None:
     upsampling = Upsampling.build(size_hw, LOW, FRAME)
-    for axis in (upsampling.y, upsampling.x):
-        low = np.arange(LOW)
-        outside = (low < axis.first[:, None]) | (low > axis.last[:, None])
-        assert not axis.matrix[outside].any()
-        assert (np.diff(axis.first) >= 0).all()
-        assert (np.diff(axis.last) >= 0).all()
-        assert axis.first[0] >= 0
-        assert axis.last[-1] < LOW
+    for axis, n_out in zip((upsampling.y, upsampling.x), size_hw, strict=True):
+        assert axis.matrix is not None
+        for first in range(n_out):
+            for last in {first, n_out - 1}:
+                outside = np.ones(LOW, bool)
+                outside[axis.support(slice(first, last + 1))] = False
+                assert not axis.matrix[first : last + 1, outside].any()
+        for low in range(LOW):
+            outside = np.ones(n_out, bool)
+            outside[axis.reach(low, low)] = False
+            assert not axis.matrix[outside, low].any()
+
+
+# Long axes have no matrix. Its limit is lowered here, so that few pixels make one, cut into several pieces.
+
+LONG_HW = [(1, 500), (500, 1), (40, 25), (300, 70), (70, 300), (1, 5000), (5000, 1), (64, 64)]
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame, "STRIP_VALUES", 20 * LOW)
+    monkeypatch.setattr(frame, "_PIECE", 33)
+    monkeypatch.setattr(frame, "_RESIZED_AT_ONCE", 30)
+
+
+@pytest.mark.parametrize("size_hw", LONG_HW)
+def test_a_long_axis_gives_what_its_matrix_would(size_hw: tuple[int, int], request: pytest.FixtureRequest) -> None:
+    logits = np.random.default_rng(0).uniform(-10, 10, (LOW, LOW)).astype(np.float32)
+    dense = Upsampling.build(size_hw, LOW, FRAME)
+    request.getfixturevalue("small_limits")
+    long = Upsampling.build(size_hw, LOW, FRAME)
+    for dense_axis, axis, side in zip((dense.y, dense.x), (long.y, long.x), size_hw, strict=True):
+        assert (axis.matrix is None) == (side > 20)
+        np.testing.assert_array_equal(axis.begins, dense_axis.begins)
+        np.testing.assert_array_equal(axis.ends, dense_axis.ends)
+    rows, cols = (slice(side // 3, side) for side in size_hw)
+    np.testing.assert_allclose(long.apply(logits, rows, cols), dense.apply(logits, rows, cols), rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_limits")
+@pytest.mark.parametrize("size_hw", LONG_HW)
+def test_strips_of_a_long_image_are_small_and_in_the_order_of_rle(size_hw: tuple[int, int]) -> None:
+    rows, cols = whole(size_hw)
+    positions = []
+    for strip_rows, strip_cols in Upsampling.build(size_hw, LOW, FRAME).strips(rows, cols):
+        x, y = np.mgrid[strip_cols, strip_rows]
+        assert x.size <= frame.STRIP_VALUES
+        positions += (x * size_hw[0] + y).ravel().tolist()
+    assert positions == list(range(size_hw[0] * size_hw[1]))
+
+
+@pytest.mark.parametrize("size_hw", LONG_HW)
+def test_resizing_in_parts_changes_no_more_than_rounding(
+    size_hw: tuple[int, int], request: pytest.FixtureRequest
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size_hw, 3), np.uint8)
+    at_once = to_frame(pixels, FRAME)
+    request.getfixturevalue("small_limits")
+    in_parts = to_frame(pixels, FRAME)
+    np.testing.assert_allclose(in_parts.astype(int), at_once.astype(int), rtol=0, atol=1)
+    assert np.count_nonzero(in_parts != at_once) <= at_once.size / 1000
+
+
+@pytest.mark.parametrize("size_hw", [(30_000_000, 1), (1, 30_000_000), (100_000, 300), (300, 100_000)])
+def test_a_mask_of_a_long_image_takes_bounded_memory(size_hw: tuple[int, int]) -> None:
+    """A mask from a quarter to three quarters of the long side."""
+    pixels, long = np.zeros((*size_hw, 3), np.uint8), max(size_hw)
+    logits = np.full((256, 256), -8, np.float32)
+    middle = (slice(None), slice(64, 192)) if size_hw[1] == long else (slice(64, 192), slice(None))
+    logits[middle] = 8
+    tracemalloc.start()
+    try:
+        to_frame(pixels, 1024)
+        upsampling = Upsampling.build(size_hw, 256, 1024)
+        measured = measure_mask(logits, upsampling, 0, 1)
+        runs = mask_to_runs(logits, upsampling, 0, (0, 0), size_hw)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 400 * 2**20
+    # The logits go from -8 to 8 between the middles of two low-res cells, and cross 0 where these meet.
+    x0, y0, x1, y1 = measured.box_xyxy
+    assert (min(x0, y0), min(x1, y1)) == (0, min(size_hw) - 1)
+    np.testing.assert_allclose([max(x0, y0), max(x1, y1)], [long / 4, long * 3 / 4], rtol=0, atol=long / 1024 / 8)
+    # And 1 and -1 a sixteenth of a cell from there, at each end of the 128.
+    assert measured.stability_score == pytest.approx((128 - 1 / 8) / (128 + 1 / 8), abs=8 / long)
+    assert runs.area == (max(x1, y1) - max(x0, y0) + 1) * min(size_hw)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +291,7 @@ def test_strips_cover_the_window_once_and_are_small(
 ) -> None:
     window = [slice(first, first + count) for first, count in (rows, cols)]
     with mock.patch.object(frame, "STRIP_VALUES", strip_values):
-        strips = Upsampling.build((100, 100), LOW, FRAME).strips(*window)
-    assert [x for strip in strips for x in range(strip.start, strip.stop)] == list(range(cols[0], sum(cols)))
-    assert all((strip.stop - strip.start) * rows[1] <= max(strip_values, rows[1]) for strip in strips)
+        strips = list(Upsampling.build((100, 100), LOW, FRAME).strips(*window))
+    positions = [(x, y) for ys, xs in strips for x in range(xs.start, xs.stop) for y in range(ys.start, ys.stop)]
+    assert positions == list(product(*(range(side.start, side.stop) for side in reversed(window))))
+    assert all((ys.stop - ys.start) * (xs.stop - xs.start) <= strip_values for ys, xs in strips)

@@ -422,6 +422,7 @@ def test_threads_decode_independently() -> None:
     [
         ({"exif": "rotate"}, "exif is 'rotate', but must be 'apply' or 'ignore'"),
         ({"max_pixels": 0}, "max_pixels is 0, but must be 1 or more"),
+        ({"max_pixels": 2**32}, "max_pixels is 4294967296, but must be at most 4294967295"),
     ],
 )
 def test_bad_settings_say_what_to_use(settings: dict[str, Any], message: str) -> None:

@@ -195,6 +195,7 @@ def test_the_round_trip_loses_nothing_of_rle(dataset: dict[str, Any]) -> None:
         assert run_import(directory / "in.json", directory / "labels") == 0
         again = export(directory / "labels", directory / "out.json")
     assert {key: value for key, value in again.items() if key != "annotations"} == {
+        "exported_by": "maskbeam",
         "info": again["info"],
         **{key: value for key, value in dataset.items() if key != "annotations"},
     }
@@ -250,6 +251,7 @@ def changed(kind: str, index: int, **values: Any) -> dict[str, Any]:
         (instances(categories=None), "no list of category records"),
         (instances(annotations={}), "no list of annotation records"),
         (instances(annotations=[3]), "the annotation record 3 has no id"),
+        (instances(images=[], annotations=[]), "it has no images"),
         (instances(images=[{"file_name": "a"}]), "has no id"),
         (changed("images", 1, id=9), "two image records have the id 9"),
         (changed("images", 1, file_name="train/a.jpg"), "two images have the file_name 'train/a.jpg'"),

@@ -165,6 +165,34 @@ def test_broken_inputs_cost_only_themselves_and_each_has_a_row_and_a_reason(
 # Ends.
 
 
+def test_a_run_in_which_every_image_failed_fails_and_its_rows_stay(
+    tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However few they are; once one is repaired, the run is done."""
+    (tmp_path / "photos").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "photos" / name).write_bytes(photo_bytes(1)[:100])
+    for _ in range(2):  # a second start has nothing to do, and nothing has become better
+        assert label("--input", tmp_path / "photos", "--output", output) == 1
+        told = capsys.readouterr()
+        assert "2 images: 0 labeled, 0 empty, 2 failed\n  failed a.png: decode: " in told.out
+        assert told.err.startswith("maskbeam: nothing was labeled: all 2 images failed for the reasons above.")
+        assert [row["status"] for row in read_labels(output).images] == ["failed", "failed"]
+        assert summary_of(output)["failed"] == 2
+
+
+def test_an_empty_image_is_no_failure(tmp_path: Path, output: Path) -> None:
+    Image.new("RGB", (64, 48)).save(tmp_path / "black.png")
+    assert label("--input", tmp_path / "black.png", "--output", output) == 0
+    assert [row["status"] for row in read_labels(output).images] == ["empty"]
+
+
+def test_a_run_without_an_image_fails(tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "none.parquet").write_bytes(images_parquet([]))
+    assert label("--input", tmp_path / "none.parquet", "--output", output) == 1
+    assert capsys.readouterr().err == "maskbeam: nothing was labeled: the input has no images. Check --input.\n"
+
+
 class BrokenSam(FakeSam):
     def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> np.ndarray:
         raise RuntimeError("out of memory")
@@ -367,7 +395,7 @@ def has_committed(output: Path) -> bool:
 
 def worker_pids(tmp_path: Path) -> list[int]:
     """The processes that label, of a command that has its temporary files in tmp_path."""
-    return [int(file.name) for file in tmp_path.glob("maskbeam-progress-*/*")]
+    return [int(file.name) for file in tmp_path.glob("maskbeam-*/progress/*")]
 
 
 def is_alive(pid: int) -> bool:
@@ -391,7 +419,7 @@ def test_ctrl_c_ends_with_one_line_and_keeps_what_is_committed(
     assert process.returncode == 130
     assert error.rstrip().splitlines()[-1].startswith("maskbeam: interrupted. What is committed")
     assert "Traceback" not in error and "KeyboardInterrupt" not in error and "Killed" not in error
-    assert not list(tmp_path.glob("maskbeam-progress-*"))
+    assert not list(tmp_path.glob("maskbeam-*"))
     committed = contents(output / "images")
     assert committed and not (output / "summary.json").exists()
     assert label("--input", tmp_path / "data", "--output", output, "--chunk_size", "2") == 0

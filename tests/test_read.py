@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 import lzma
+import os
 import struct
 import sys
 import tarfile
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 
 from transforms import read, source
 from transforms.read import ReadConfig, read_chunks, read_images
-from transforms.records import EncodedImage, Shard, SourceFile
+from transforms.records import Annotations, EncodedImage, Shard, SourceFile, escape_name, unescape_name
 
 # Bytes that no compression shortens, so that cuts fall where the tests expect them.
 IMAGES = [np.random.default_rng(number).bytes(3000) for number in range(5)]
@@ -245,7 +246,11 @@ def names_of(*members: str) -> list[str | None]:
     [
         (["0.jpg", "0.json", "0.seg.png"], ["0.jpg"]),
         (["0.depth.png", "0.edges.png", "0.jpg", "0.seg.png"], ["0.jpg"]),
-        (["0.jpg", "0.png"], ["0.jpg"]),  # a mask, or the photo once more
+        (["0.jpg", "0.png"], ["0.jpg", "0.png"]),
+        (["0.jpg", "0.jpg", "0.jpg"], ["0.jpg", "0.jpg", "0.jpg"]),
+        (["0.a.png", "0.jpg", "0.b.png", "0.jpg", "0.c.png"], ["0.jpg", "0.jpg"]),
+        (["0.a.png", "0.a.png"], ["0.a.png", "0.a.png"]),
+        (["0.jpg", "1.jpg", "0.jpg"], ["0.jpg", "1.jpg", "0.jpg"]),
         (["0.0.png", "0.1.png", "0.jpg"], ["0.jpg"]),  # masks of instances
         (["d.1/0.seg.png", "d.1/0.jpg"], ["d.1/0.jpg"]),
         # Without a photo of the key's name nothing says which one is meant.
@@ -258,6 +263,40 @@ def names_of(*members: str) -> list[str | None]:
 )
 def test_no_image_of_a_tar_is_lost(members: list[str], expected: list[str | None]) -> None:
     assert names_of(*members) == expected
+
+
+IMAGE_NAMES = ["0.jpg", "0.png", "0.seg.png", "0.depth.png", "1.jpg", "1.left.jpg", "1.right.jpg"]
+
+
+@settings(deadline=None)
+@given(members=st.lists(st.sampled_from([*IMAGE_NAMES, "0.json"]), max_size=30), held=st.integers(0, 5))
+def test_every_image_of_a_tar_is_a_row_or_a_counted_annotation(members: list[str], held: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read, "HELD_IMAGES", held)
+        source: Any = io.BufferedReader(io.BytesIO(tar_bytes(*((name, b"x") for name in members))))
+        samples = [sample for sample in read.read_tar(source, ReadConfig()) if sample.reason is None]
+    rows = [sample.file_name for sample in samples]
+    counted = sum((sample.annotations for sample in samples), Annotations())
+    assert len(rows) + counted.images == sum(name != "0.json" for name in members)
+    for name in ("0.jpg", "0.png", "1.jpg"):
+        assert rows.count(name) == members.count(name)
+    given = {f"{number}.{name}" for number in "01" for name in counted.names}
+    assert all(members.count(name) == rows.count(name) for name in IMAGE_NAMES if name not in given)
+
+
+def test_annotations_of_a_photo_are_counted_and_named(tmp_path: Path) -> None:
+    names = ["a.mask.png", "a.jpg", "a.seg.png", "a.json", "a.seg.png", "b.jpg", "c.left.jpg"]
+    images = read_bytes(tmp_path, "tar", tar_bytes(*((name, b"x") for name in names)))
+    assert [(image.file_name, image.annotations) for image in images] == [
+        ("a.jpg", Annotations(3, ("mask.png", "seg.png"))),
+        ("b.jpg", Annotations()),
+        ("c.left.jpg", Annotations()),
+    ]
+
+
+def test_names_of_annotations_are_few() -> None:
+    many = sum((Annotations(1, (f"{number:02}.png",)) for number in range(40)), Annotations())
+    assert many == Annotations(40, tuple(f"{number:02}.png" for number in range(10)))
 
 
 def test_images_of_one_key_are_rows_of_their_own(tmp_path: Path) -> None:
@@ -318,6 +357,56 @@ def test_tar_names_that_are_no_utf8_can_be_stored(tmp_path: Path) -> None:
         tar.addfile(info, io.BytesIO(b"x"))
     (image,) = read_bytes(tmp_path, "tar", buffer.getvalue())
     assert (image.key, image.file_name) == ("\\xff", "\\xff.jpg")
+
+
+def test_tar_members_whose_names_differ_stay_apart(tmp_path: Path) -> None:
+    """One has a byte that is not UTF-8, the other one spells out how that is written."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for name in ("\xff.jpg", "\\xff.jpg", "\\xff.seg.png"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+    images = read_bytes(tmp_path, "tar", buffer.getvalue())
+    assert [(image.key, image.file_name) for image in images] == [
+        ("\\xff", "\\xff.jpg"),
+        ("\\x5cxff", "\\x5cxff.jpg"),
+    ]
+
+
+# What file systems allow in a name, with what escapes are made of more often than by chance.
+file_names = st.lists(
+    st.sampled_from([b"\\", b"x", b"5", b"c", b"e", b"9", b"\\x", b"\\x5c", b"\\xe9", b"\xe9", b"\xc3", b"\xa9"])
+    | st.binary(min_size=1, max_size=3).filter(lambda name: not {0, ord("/")} & set(name)),
+    min_size=1,
+    max_size=6,
+).map(b"".join)
+
+
+@settings(max_examples=500)
+@given(file_names)
+def test_escaped_names_are_text_that_leads_back_to_the_name(name: bytes) -> None:
+    """So different names stay different."""
+    text = os.fsdecode(name)
+    escaped = escape_name(text)
+    escaped.encode()  # raises if UTF-8 cannot store it
+    assert unescape_name(escaped) == text
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "caf\xe9 \u732b.png", "a\\b.jpg", "\\", "\\x41", "100%", "\\xE9", "\\u1234"])
+def test_ordinary_names_are_not_escaped(name: str) -> None:
+    assert escape_name(name) == name
+
+
+@given(names=st.sets(file_names, min_size=1, max_size=3), shard_format=st.sampled_from(["image", "tar"]))
+def test_different_files_have_different_ids(names: set[bytes], shard_format: str) -> None:
+    ids = []
+    for name in sorted(names):
+        path = "/data/" + os.fsdecode(name)  # is not there: a failed row
+        shard = Shard("s", path, shard_format, (SourceFile(path, 1),))
+        (image,) = read_images(shard, ReadConfig(), "/data")
+        ids.append(image.image_id)
+    assert len(set(ids)) == len(names)
 
 
 def test_loose_files(tmp_path: Path) -> None:

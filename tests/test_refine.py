@@ -343,6 +343,15 @@ def test_the_labels_themselves_are_never_written_to(
     assert sorted(path.stat().st_mtime_ns for path in kept.rglob("*")) == before
 
 
+def test_labels_whose_images_all_failed_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.png").write_bytes(b"")
+    label("--input", tmp_path / "broken.png", "--output", tmp_path / "kept", "--keep_candidates")
+    capsys.readouterr()
+    assert refine(tmp_path / "kept", tmp_path / "refined") == 1
+    told = f"maskbeam: there was nothing to refine: all 1 images of {tmp_path}/kept failed.\n"
+    assert capsys.readouterr().err == told
+
+
 def test_labels_without_candidates_are_refused(
     data: Path, kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -354,7 +363,8 @@ def test_labels_without_candidates_are_refused(
     assert f"was refined from {kept}: refine that again" in capsys.readouterr().err
     assert refine(tmp_path / "none", tmp_path / "out") == 2
     assert "holds no labels" in capsys.readouterr().err
-    (tmp_path / "truth.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    image = {"id": 1, "file_name": "a.png", "width": 8, "height": 6}
+    (tmp_path / "truth.json").write_text(json.dumps({"images": [image], "annotations": [], "categories": []}))
     assert cli.main(["import", "--annotations", f"{tmp_path}/truth.json", "--output", f"{tmp_path}/imported"]) == 0
     assert refine(tmp_path / "imported", tmp_path / "out") == 2
     assert "was imported and has no candidates" in capsys.readouterr().err

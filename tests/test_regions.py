@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from transforms.regions import remove_small_regions
-from transforms.rle import bits_to_runs, counts_to_mask, runs_to_counts
+from transforms.rle import Runs, bits_to_runs, counts_to_mask, runs_to_counts
 
 Region = set[tuple[int, int]]
 
@@ -114,3 +115,16 @@ def test_single_small_island_counts_as_edited() -> None:
     actual, changed = clean(mask, 3)
     np.testing.assert_array_equal(actual, mask)
     assert changed
+
+
+def test_a_panorama_one_pixel_high_costs_what_its_outline_does() -> None:
+    """Ten million columns: a hole of 9 pixels, an island of 2 and one of 1."""
+    starts, ends = np.array([0, 1009, 7_000_000, 8_000_000]), np.array([1000, 6_000_000, 7_000_002, 8_000_001])
+    tracemalloc.start()
+    try:
+        runs, changed = remove_small_regions(Runs((1, 10_000_000), starts, ends), 10)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (runs.size_hw, runs.starts.tolist(), runs.ends.tolist(), changed) == ((1, 10**7), [0], [6_000_000], True)
+    assert peak < 2**20

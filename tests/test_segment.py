@@ -20,7 +20,8 @@ from PIL import Image
 from pipeline.identity import default_backend
 from tests.conftest import photo_bytes
 from tests.fakes import FakeSam, FakeScored
-from transforms.amg import AmgConfig
+from transforms import amg, segment
+from transforms.amg import AmgConfig, label_image
 from transforms.images import ImageConfig
 from transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Shard
 from transforms.segment import (
@@ -30,6 +31,8 @@ from transforms.segment import (
     ModelHealth,
     is_out_of_memory,
     label_chunk,
+    probe_config,
+    probe_pixels,
 )
 
 AMG = AmgConfig(points_per_side=4, pred_iou_thresh=0.75, stability_score_thresh=0.85)
@@ -157,7 +160,7 @@ def test_a_model_that_fails_once_is_tried_again(label: Label, method: str, call:
     assert rows(label(photos_chunk(6), FailsOnce(method, call))) == rows(label(photos_chunk(6)))
 
 
-@pytest.mark.parametrize("numbers", [(0,), (5,), (0, 2, 4), (0, 1, 4, 5)])
+@pytest.mark.parametrize("numbers", [(0,), (5,), (0, 2, 4), (0, 1, 4, 5), (1, 2, 3), (0, 1, 2, 3), (2, 3, 4, 5)])
 def test_an_image_the_model_always_fails_on_costs_only_itself(label: Label, numbers: tuple[int, ...]) -> None:
     labeled = label(photos_chunk(6), FailsOn(*numbers))
     assert outcomes(labeled) == ["model" if number in numbers else "labeled" for number in range(6)]
@@ -167,6 +170,73 @@ def test_an_image_the_model_always_fails_on_costs_only_itself(label: Label, numb
     assert [row for row in rows(labeled) if not row[-1]] == [
         row for row in rows(label(photos_chunk(6))) if row[0].row not in numbers
     ]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_images_the_model_fails_on_are_at_fault_if_it_labels_the_built_in_image(label: Label, count: int) -> None:
+    """Whether they are the first of the process, three in a row or all of the chunk."""
+    labeled = label(photos_chunk(count), FailsOn(*range(count)))
+    assert outcomes(labeled) == ["model"] * count
+    assert outcomes(label(photos_chunk(2), FailsOn(7))) == ["labeled"] * 2
+
+
+def test_the_built_in_image_goes_through_all_of_the_model(label: Label) -> None:
+    """One batch of prompts, from the encoder to the masks, whatever the thresholds of the run are."""
+    calls: list[str] = []
+
+    class Watched(FailsOn):
+        def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> np.ndarray:
+            context = super().embed(frame, resized_hw)
+            calls.append("embed")
+            return context
+
+        def score(self, context: np.ndarray, points_xy: np.ndarray, points_per_batch: int) -> FakeScored:
+            calls.append(f"score {len(points_xy)} of {points_per_batch}")
+            return super().score(context, points_xy, points_per_batch)
+
+        def low_res_logits(self, scored: FakeScored, prompts: np.ndarray) -> np.ndarray:
+            calls.append(f"logits {len(prompts)}")
+            return super().low_res_logits(scored, prompts)
+
+    strict = replace(AMG, pred_iou_thresh=1.0, points_per_side=None, point_grids=(((0.5, 0.5),),) * 3, crop_n_layers=2)
+    label(chunk_of(encoded(1)), Watched(1), amg=strict)
+    assert calls == ["embed", "score 16 of 64", "logits 16"]
+
+
+def test_the_built_in_image_has_masks() -> None:
+    pixels = probe_pixels()
+    assert (pixels.shape, pixels.dtype) == ((96, 128, 3), np.uint8)
+    assert label_image(FakeSam(), pixels, probe_config(AMG)).masks
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 14.3 GiB"), ValueError("a box of no size")])
+@pytest.mark.parametrize("step", ["select_masks", "propose_image"])
+def test_an_error_behind_the_model_costs_only_its_image(
+    label: Label, step: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unspoiled = getattr(segment, step)
+
+    def spoiled(*arguments: Any) -> Any:
+        size_hw = arguments[1] if step == "select_masks" else arguments[1][0].box.size_hw
+        if size_hw == (64, 32):
+            raise error
+        return unspoiled(*arguments)
+
+    monkeypatch.setattr(segment, step, spoiled)
+    narrow = [encoded(number, photo_bytes(number, (32, 64))) for number in range(4)]
+    labeled = label(chunk_of(*narrow, encoded(4), narrow[0]))
+    assert outcomes(labeled) == ["model"] * 4 + ["labeled", "model"]
+    assert labeled.images[0].failure and str(error) in labeled.images[0].failure.reason
+
+
+def test_an_image_that_cannot_be_prepared_costs_only_itself(label: Label, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(amg, "MAX_WIDTH_OF_CROPS", 63)
+    narrow = encoded(1, photo_bytes(1, (32, 64)))
+    labeled = label(chunk_of(encoded(0), narrow), amg=replace(AMG, crop_n_layers=1))
+    assert outcomes(labeled) == ["decode", "labeled"]
+    assert labeled.images[0].failure
+    assert "64 pixels wide; with crop layers at most 63 are" in labeled.images[0].failure.reason
+    assert outcomes(label(chunk_of(encoded(0), narrow))) == ["labeled", "labeled"]
 
 
 def test_an_error_of_the_host_threads_is_the_images_failure(label: Label) -> None:
@@ -179,37 +249,6 @@ def test_an_error_of_the_host_threads_is_the_images_failure(label: Label) -> Non
     assert outcomes(label(chunk_of(encoded(0), narrow, encoded(2)), WrongShape())) == ["labeled", "model", "labeled"]
 
 
-def test_three_failures_of_the_model_in_a_row_end_the_run(label: Label) -> None:
-    with pytest.raises(ModelBroken, match=r"3 images in a row.*s\.tar#1: RuntimeError: no luck with 1;.*s\.tar#3"):
-        label(photos_chunk(8), FailsOn(1, 2, 3))
-
-
-def test_images_that_cannot_be_decoded_do_not_count_as_a_success_of_the_model(label: Label) -> None:
-    bad = encoded(9, b"no image")
-    with pytest.raises(ModelBroken):
-        label(chunk_of(encoded(0), encoded(1), bad, encoded(2), bad, encoded(3)), FailsOn(1, 2, 3))
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_model_that_never_worked_ends_the_run_however_few_the_images(label: Label, count: int) -> None:
-    with pytest.raises(ModelBroken, match="no luck with 0"):
-        label(photos_chunk(count), FailsOn(0, 1))
-
-
-def test_a_chunk_without_a_good_image_is_no_fault_of_the_model(label: Label) -> None:
-    assert outcomes(label(chunk_of(encoded(0, b"bad"), encoded(1, b"bad")))) == ["decode", "decode"]
-
-
-def test_health_is_carried_from_chunk_to_chunk(label: Label) -> None:
-    health, sam = ModelHealth(), FailsOn(1, 2, 3)
-    label(chunk_of(encoded(0)), sam, health)
-    # One image that fails in a chunk of its own is a bad image, if the model worked before; the third is not.
-    assert outcomes(label(chunk_of(encoded(1)), sam, health)) == ["model"]
-    assert outcomes(label(chunk_of(encoded(2)), sam, health)) == ["model"]
-    with pytest.raises(ModelBroken):
-        label(chunk_of(encoded(3)), sam, health)
-
-
 class BreaksAfter(FakeSam):
     """Works for so many images, then never again."""
 
@@ -219,13 +258,38 @@ class BreaksAfter(FakeSam):
     def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> np.ndarray:
         self.left -= 1
         if self.left < 0:
-            raise RuntimeError("device lost")
+            raise RuntimeError(f"device lost with {frame[0, 0, 0]} on it")
         return super().embed(frame, resized_hw)
+
+
+def test_a_model_that_fails_on_the_built_in_image_too_ends_the_run(label: Label) -> None:
+    expected = (
+        r"3 images in a row and on a built-in test image \(RuntimeError: device lost with 254 on it\), so nothing of "
+        r"this chunk was written\. s\.tar#1: RuntimeError: device lost with 1 on it;.*s\.tar#3"
+    )
+    with pytest.raises(ModelBroken, match=expected):
+        label(photos_chunk(8), BreaksAfter(1))
+
+
+def test_images_that_cannot_be_decoded_do_not_count_as_a_success_of_the_model(label: Label) -> None:
+    bad = encoded(9, b"no image")
+    with pytest.raises(ModelBroken, match="3 images in a row"):
+        label(chunk_of(encoded(0), encoded(1), bad, encoded(2), bad, encoded(3)), BreaksAfter(1))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_model_that_never_worked_ends_the_run_however_few_the_images(label: Label, count: int) -> None:
+    with pytest.raises(ModelBroken, match=rf"on {count} images? in a row.*device lost with 0"):
+        label(photos_chunk(count), BreaksAfter(0))
+
+
+def test_a_chunk_without_a_good_image_is_no_fault_of_the_model(label: Label) -> None:
+    assert outcomes(label(chunk_of(encoded(0, b"bad"), encoded(1, b"bad")))) == ["decode", "decode"]
 
 
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_model_that_breaks_near_the_end_of_a_chunk_ends_the_run(label: Label, failing: int) -> None:
-    with pytest.raises(ModelBroken, match="device lost"):
+    with pytest.raises(ModelBroken, match=rf"on {failing} images? in a row.*device lost"):
         label(photos_chunk(4), BreaksAfter(4 - failing))
 
 

@@ -29,7 +29,7 @@ from playwright.sync_api import Page, sync_playwright
 from pycocotools import mask as coco_mask
 
 from pipeline import cli
-from tests.conftest import label, photo_bytes, read_labels
+from tests.conftest import EVENT_SECONDS, label, photo_bytes, read_labels
 from tests.test_read import MAKERS, tar_bytes
 from transforms.draw import draw_masks, mask_color
 from transforms.records import SourceFile
@@ -445,9 +445,23 @@ def browser() -> Iterator[Any]:
             pytest.fail(f"there is no {CHROMIUM}, and MASKBEAM_REQUIRE_CHROMIUM=1 asks for it")
         pytest.skip(f"there is no {CHROMIUM} to drive the report in (Debian's package chromium)")
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS, timeout=EVENT_SECONDS * 1000)
         yield browser
         browser.close()
+
+
+# Adds a listener that follows the report's own, so that window.shown is the address whose page is drawn.
+NOTE_WHAT_IS_SHOWN = """
+{
+  const note = () => { window.shown = location.hash; };
+  addEventListener("load", () => { note(); addEventListener("hashchange", note); });
+}
+"""
+
+
+def wait_for_address(page: Page, part: str = "") -> None:
+    """Until an address that has this part is shown."""
+    page.wait_for_function("(part) => location.hash.includes(part) && window.shown === location.hash", arg=part)
 
 
 @pytest.fixture
@@ -464,7 +478,8 @@ def open_page(browser: Any) -> Iterator[Callable[..., Page]]:
         context = browser.new_context(color_scheme=scheme, viewport={"width": 1280, "height": 860})
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(EVENT_SECONDS * 1000)
+        page.add_init_script(NOTE_WHAT_IS_SHOWN)
         page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("dialog", note_dialog)
@@ -649,7 +664,7 @@ def test_everything_by_keyboard(report: Path, open_page: Callable[..., Page]) ->
     page = open_page(report)
 
     def hash_is(address: str) -> None:
-        page.wait_for_function("(address) => location.hash === address", arg=address)
+        page.wait_for_function("(address) => location.hash === address && window.shown === address", arg=address)
 
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "skip"
@@ -695,22 +710,22 @@ def test_gallery_sorts_filters_and_finds(labeled: Path, report: Path, open_page:
     assert tile_ids(page) == ALL
     num_masks = {row["image_id"]: row["num_masks"] for row in read_labels(labeled / "labels").images}
     page.select_option("#sort", "most")
-    page.wait_for_function("location.hash.includes('most')")
+    wait_for_address(page, "most")
     counts = [num_masks[image_id] for image_id in tile_ids(page)[:-1]]
     assert counts == sorted(counts, reverse=True) and tile_ids(page)[-1] == BROKEN
     page.select_option("#sort", "fewest")
-    page.wait_for_function("location.hash.includes('fewest')")
+    wait_for_address(page, "fewest")
     assert tile_ids(page)[0] == EMPTY and tile_ids(page)[-1] == BROKEN
     for show, expected in (("empty", [EMPTY]), ("failed", [BROKEN]), ("problem", {MISSING, CHANGED})):
         page.select_option("#show", show)
-        page.wait_for_function("(show) => location.hash.includes(show)", arg=show)
+        wait_for_address(page, show)
         assert set(tile_ids(page)) == set(expected)
     page.go_back()
-    page.wait_for_function("location.hash.includes('failed')")
+    wait_for_address(page, "failed")
     assert tile_ids(page) == [BROKEN] and page.input_value("#show") == "failed"
     page.select_option("#show", "all")
     page.fill("#search", "MISS")
-    page.wait_for_function("location.hash.includes('MISS')")
+    wait_for_address(page, "MISS")
     assert tile_ids(page) == [MISSING] and page.inner_text("#gallery-count") == "1 of 8 images"
     page.fill("#search", "no such name")
     page.wait_for_selector("#no-tiles:visible")
@@ -731,7 +746,7 @@ def test_links_to_images_and_back(report: Path, open_page: Callable[..., Page]) 
     page = open_page(report, "#/image/2.png")
     assert page.inner_text("#image-title") == "2.png" and page.title() == "2.png - maskbeam"
     page.click("#next")
-    page.wait_for_function("location.hash === '#/image/3.png'")
+    wait_for_address(page, "#/image/3.png")
     page.go_back()
     page.wait_for_function("document.title === '2.png - maskbeam'")
     page.evaluate("location.hash = '#/image/no-such-image'")
@@ -836,13 +851,13 @@ def test_many_images_come_in_pages(tmp_path: Path, report: Path, open_page: Call
     page = open_page(many)
     assert len(tile_ids(page)) == 60 and "Page 1 of 167" in page.inner_text("#pages")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("location.hash === '#/?page=2'")
+    wait_for_address(page, "#/?page=2")
     assert tile_ids(page)[0] == "60.png"
     page.click("text=Last")
-    page.wait_for_function("location.hash === '#/?page=167'")
+    wait_for_address(page, "#/?page=167")
     assert tile_ids(page)[-1] == "9999.png"
     page.fill("#search", "777")
-    page.wait_for_function("location.hash.includes('777')")
+    wait_for_address(page, "777")
     assert tile_ids(page)[0] == "777.png"
 
 
@@ -853,9 +868,10 @@ def test_axe_finds_nothing(report: Path, open_page: Callable[..., Page], scheme:
     page.evaluate(axe)
     for address in ("#/", "#/?q=none-at-all", "#/image/1.png", f"#/image/{MISSING}", "#/statistics", "#/failed"):
         page.evaluate("(address) => { location.hash = address; }", address)
-        page.wait_for_timeout(100)
-        if address == "#/image/1.png":
+        wait_for_address(page)
+        if address.startswith("#/image"):
             drawn(page)
+        if address == "#/image/1.png":
             page.focus("#list")
         if address == "#/statistics":
             page.locator("summary").first.click()

@@ -38,6 +38,10 @@ from transforms.select import (
 
 MASKS_PER_POINT = 3  # SAM's multimask output: whole, part, subpart
 
+# Widest image that is cut into crops. A mask of the whole image that is wider covers whole columns, in a run for all of
+# them; a mask of a crop covers a part of each column, and its RLE would have a run for each.
+MAX_WIDTH_OF_CROPS = 2**20
+
 # Precisions of a model's matrix products. Only the first gives the reference's masks.
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -291,7 +295,17 @@ def label_image(sam: Sam, pixels: np.ndarray, config: AmgConfig, submit: Submit 
 
 
 def prepare_crops(pixels: np.ndarray, config: AmgConfig, frame_size: int) -> list[Crop]:
-    """Cuts and resizes an image's crops. Everything after this is done without the image."""
+    """Cuts and resizes an image's crops. Everything after this is done without the image.
+
+    Raises:
+      ValueError: the image is too wide for crops.
+    """
+    width = pixels.shape[1]
+    if config.crop_n_layers and width > MAX_WIDTH_OF_CROPS:
+        raise ValueError(
+            f"the image is {width} pixels wide; with crop layers at most {MAX_WIDTH_OF_CROPS} are, since a mask of a "
+            "crop may have a run in every column. Label it without --crop_n_layers, or turn it upright."
+        )
     crops = []
     for box in generate_crop_boxes(pixels.shape[:2], config.crop_n_layers, config.crop_overlap_ratio):
         x0, y0, x1, y1 = box.xyxy

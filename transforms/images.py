@@ -63,8 +63,9 @@ class ImageConfig:
         masks fit what people see. ignore keeps the stored pixels, for labels that were drawn on those.
       max_pixels: largest width x height that is decoded; larger ones fail from their header alone. It guards against
         decompression bombs: a file of a few kilobytes may claim gigabytes of pixels. Decoding takes about 7 bytes of
-        memory a pixel (WebP 16), so the default is up to 1.75 GB for one image; it admits the largest cameras (150
-        million) and most scans. Lower it where workers have little memory, raise it for aerial or microscope images.
+        memory a pixel (16 for WebP and for an image of one long row), so the default is up to 1.75 GB for one image; it
+        admits the largest cameras (150 million) and most scans. Lower it where workers have little memory, raise it for
+        aerial or microscope images, up to 4294967295: COCO's RLE counts pixels in 32 bits.
     """
 
     exif: Literal["apply", "ignore"] = "apply"
@@ -80,6 +81,11 @@ class ImageConfig:
             raise ValueError(
                 f"max_pixels is {self.max_pixels}, but must be 1 or more: no image could be decoded. It counts "
                 "width x height; leave it out for the default of 250 million."
+            )
+        if self.max_pixels >= 2**32:
+            raise ValueError(
+                f"max_pixels is {self.max_pixels}, but must be at most {2**32 - 1}: COCO's RLE counts the pixels of an "
+                "image in 32 bits."
             )
 
 

@@ -46,15 +46,14 @@ def measure_mask(
     boxes = []
     window = upsampling.window(logits, mask_threshold - stability_score_offset - _WINDOW_SLACK)
     if window is not None:
-        rows, cols = window
-        for strip in upsampling.strips(rows, cols):
-            upsampled = upsampling.apply(logits, rows, strip)
+        for rows, cols in upsampling.strips(*window):
+            upsampled = upsampling.apply(logits, rows, cols)
             inner += int(np.count_nonzero(upsampled > mask_threshold + stability_score_offset))
             outer += int(np.count_nonzero(upsampled > mask_threshold - stability_score_offset))
             mask = upsampled > mask_threshold
             xs, ys = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
             if xs.size:
-                boxes.append((strip.start + xs[0], rows.start + ys[0], strip.start + xs[-1], rows.start + ys[-1]))
+                boxes.append((cols.start + xs[0], rows.start + ys[0], cols.start + xs[-1], rows.start + ys[-1]))
     with np.errstate(invalid="ignore"):
         stability_score = np.float32(inner) / np.float32(outer)
     if not boxes:
@@ -80,8 +79,7 @@ def mask_to_runs(
     window = upsampling.window(logits, mask_threshold - _WINDOW_SLACK)
     parts = []
     if window is not None:
-        rows, cols = window
-        for strip in upsampling.strips(rows, cols):
-            bits = upsampling.apply(logits, rows, strip) > mask_threshold
-            parts.append(bits_to_runs(bits, (offset_xy[0] + strip.start, offset_xy[1] + rows.start), size_hw))
+        for rows, cols in upsampling.strips(*window):
+            bits = upsampling.apply(logits, rows, cols) > mask_threshold
+            parts.append(bits_to_runs(bits, (offset_xy[0] + cols.start, offset_xy[1] + rows.start), size_hw))
     return join_runs(parts, size_hw)

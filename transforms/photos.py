@@ -17,7 +17,7 @@ import numpy as np
 from transforms.images import ImageConfig, ImageError, decode_image
 from transforms.match import InputConfig, absolute, format_of, list_files, match_shards, shard_name
 from transforms.read import ReadConfig, read_images, relative_path
-from transforms.records import EncodedImage, Failure, Shard, SourceFile, printable
+from transforms.records import EncodedImage, Failure, Shard, SourceFile, escape_name, unescape_name
 
 
 class PhotoMissing(ValueError):
@@ -58,7 +58,7 @@ class Photos:
         if patterns is not None:
             matched = match_shards(InputConfig(tuple(patterns), input_format))
             self._found = {
-                printable(relative_path(file.path, base)): self._one_file(
+                escape_name(relative_path(file.path, base)): self._one_file(
                     file, "image" if format_of(file.path) == "image" else shard.format
                 )
                 for base in (matched.root, root)  # the second wins
@@ -127,7 +127,7 @@ class Photos:
         """Loose files by their base names."""
         by_name: dict[str, list[Shard]] = {}
         for shard in self._loose:
-            by_name.setdefault(printable(shard.path.rpartition("/")[2]), []).append(shard)
+            by_name.setdefault(escape_name(shard.path.rpartition("/")[2]), []).append(shard)
         return by_name
 
     @cached_property
@@ -156,7 +156,7 @@ class Photos:
         """The file that was labeled, if it is still there."""
         image_id = image["image_id"]
         loose = not image_id.endswith(f"#{image['row']}") or self._input_format == "image"
-        path = f"{self._root.rstrip('/')}/{image_id}" if loose else image["shard"]
+        path = f"{self._root.rstrip('/')}/{unescape_name(image_id)}" if loose else unescape_name(image["shard"])
         if absolute(path) != path:  # an id with .. in it would lead out of the root
             return None
         try:

@@ -10,7 +10,8 @@ import io
 import itertools
 import tarfile
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import IO, Any, TypeVar
 
 import google_crc32c
@@ -18,7 +19,17 @@ import pyarrow as pa
 
 from transforms.images import has_image_extension
 from transforms.parquet_file import open_parquet
-from transforms.records import Chunk, EncodedImage, Failure, Shard, SourceFile, printable
+from transforms.records import (
+    NO_ANNOTATIONS,
+    Annotations,
+    Chunk,
+    EncodedImage,
+    Failure,
+    Shard,
+    SourceFile,
+    escape_name,
+    printable,
+)
 from transforms.source import (
     allowed_inflation,
     decompress,
@@ -100,6 +111,7 @@ class Sample:
     key: str | None = None
     file_name: str | None = None
     reason: str | None = None
+    annotations: Annotations = NO_ANNOTATIONS
 
 
 def read_images(shard: Shard, config: ReadConfig, root: str) -> Iterator[EncodedImage]:
@@ -122,7 +134,9 @@ def read_images(shard: Shard, config: ReadConfig, root: str) -> Iterator[Encoded
     for sample, image_id, row in zip(itertools.islice(samples, shard.max_images), image_ids, rows, strict=False):
         reason = sample.reason or (None if sample.data else "the image has no bytes")
         failure = Failure("read", printable(reason)[:MAX_REASON]) if reason else None
-        yield EncodedImage(printable(image_id), row, sample.key, sample.file_name, sample.data, failure)
+        yield EncodedImage(
+            escape_name(image_id), row, sample.key, sample.file_name, sample.data, failure, sample.annotations
+        )
 
 
 def read_chunks(
@@ -179,7 +193,7 @@ def relative_path(path: str, root: str) -> str:
 
 def read_loose(file: SourceFile) -> Sample:
     """One image file."""
-    name = printable(file.path.rpartition("/")[2])
+    name = escape_name(file.path.rpartition("/")[2])
     too_large = Sample(file_name=name, reason=f"the file is larger than {MAX_IMAGE_BYTES} bytes")
     if file.num_bytes > MAX_IMAGE_BYTES:
         return too_large
@@ -346,9 +360,7 @@ def read_tar(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
     """The samples of a WebDataset, or of any tar of images.
 
     Consecutive members with the same path up to the first dot of the base name are one sample, that path is its key.
-    If one of its images has the key for its whole name, as 17.jpg has, the sample is that photo, and its other images,
-    17.seg.png, are annotations. If none has, as of 2024.01.01.jpg and 2024.01.02.jpg, each is an image of its own.
-    Links are never followed.
+    Which of its images are rows, _PhotosOfSample decides. Links are never followed.
     """
     stream = source if source.peek(262)[257:262] == b"ustar" else decompress(source)
     # Small blocks: of a compressed stream that breaks off, the block in which it does is lost.
@@ -357,38 +369,81 @@ def read_tar(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
         mode="r|",
         bufsize=512,
         tarinfo=_StrictTarInfo,
-        errors="backslashreplace",
+        errors="surrogateescape",
     ) as tar:
         last_name: str | None = None
-        names: list[str] = []
-        images: list[Sample] = []
+        photos = _PhotosOfSample("")
         try:
             for key, members in itertools.groupby(_tar_members(tar), lambda member: webdataset_key(member.name)):
-                names, images, photo, given = [], [], False, False
+                photos = _PhotosOfSample(key)
                 for member in members:
                     last_name = member.name
-                    if len(names) < _MEMBERS_NAMED:
-                        names.append(member.name)
-                    if photo or not member.isreg() or not has_image_extension(member.name):
-                        continue
-                    photo = not given and member.name.count(".", len(key)) == 1
-                    if photo:
-                        images.clear()
-                    images.append(_read_member(tar, member, key))
-                    held_bytes = sum(len(image.data) for image in images)
-                    if given or len(images) > HELD_IMAGES or held_bytes > HELD_BYTES:
-                        yield from images
-                        images, given = [], True
-                if not images and not given:
-                    reason = f"the sample has no image file. Members: {', '.join(map(repr, names))}"
-                    images = [Sample(key=key, reason=reason)]
-                yield from images
-                images = []
+                    yield from photos.add(member, partial(_read_member, tar, member, key))
+                yield from photos.close()
             _check_end(tar)
         except Exception as error:
-            yield from images
+            yield from photos.rest()
             where = f"after member {last_name!r}, " if last_name is not None else ""
             raise ValueError(f"{where}at byte {tar.fileobj.tell()} of the archive: {describe_error(error)}") from error
+
+
+class _PhotosOfSample:
+    """Which images of a sample are rows, as its members come.
+
+    A photo has the sample's key for its whole name, as 17.jpg has in sample 17: each is a row, even if there are two of
+    one name, or 17.jpg and 17.png. Beside a photo, images with more in their names, 17.seg.png, are annotations: they
+    are counted and named with the photo. Without one, as of 2024.01.01.jpg and 2024.01.02.jpg, each is a row.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._names: list[str] = []  # of the first members, for people
+        self._photo: Sample | None = None  # not given yet: more annotations of it may come
+        self._held: list[tuple[str, Sample]] = []  # may turn out to be annotations
+        self._held_bytes = 0
+        self._annotations = NO_ANNOTATIONS
+        self._all_rows = False
+        self._any = False
+
+    def add(self, member: tarfile.TarInfo, read: Callable[[], Sample]) -> list[Sample]:
+        """The images that are known to be rows now that this member has come."""
+        if len(self._names) < _MEMBERS_NAMED:
+            self._names.append(member.name)
+        if not member.isreg() or not has_image_extension(member.name):
+            return []
+        self._any = True
+        if self._all_rows:
+            return [read()]
+        suffix = member.name[len(self._key) + 1 :]
+        if "." not in suffix:
+            photo = read()
+            ready = self.rest() if self._photo else []
+            for held, _ in self._held:
+                self._annotations += Annotations(1, (escape_name(held),))
+            self._held, self._photo = [], photo
+            return ready
+        if self._photo:
+            self._annotations += Annotations(1, (escape_name(suffix),))
+            return []
+        self._held.append((suffix, read()))
+        self._held_bytes += len(self._held[-1][1].data)
+        self._all_rows = len(self._held) > HELD_IMAGES or self._held_bytes > HELD_BYTES
+        return self.rest() if self._all_rows else []
+
+    def close(self) -> list[Sample]:
+        """The remaining rows of a sample that is complete; there is at least one in all."""
+        if not self._any:
+            reason = f"the sample has no image file. Members: {', '.join(map(repr, self._names))}"
+            return [Sample(key=escape_name(self._key), reason=reason)]
+        return self.rest()
+
+    def rest(self) -> list[Sample]:
+        """The rows that have not been given yet."""
+        rows = [sample for _, sample in self._held]
+        if self._photo:
+            rows = [replace(self._photo, annotations=self._annotations)]
+        self._held, self._photo, self._annotations = [], None, NO_ANNOTATIONS
+        return rows
 
 
 def _tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -404,11 +459,11 @@ def _tar_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, key: str) -> Sample:
     if member.size > MAX_IMAGE_BYTES:
         reason = f"member {member.name!r} has {member.size} bytes; at most {MAX_IMAGE_BYTES} are read"
-        return Sample(key=key, file_name=member.name, reason=reason)
+        return Sample(key=escape_name(key), file_name=escape_name(member.name), reason=reason)
     file = tar.extractfile(member)
     assert file is not None  # it is a regular file
     # Piece by piece: of a sparse file, tarfile would copy all it has so far at each hole.
-    return Sample(read_up_to(file, member.size), key, member.name)
+    return Sample(read_up_to(file, member.size), escape_name(key), escape_name(member.name))
 
 
 def _check_end(tar: tarfile.TarFile) -> None:

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 from transforms.manifest import Manifest
 from transforms.match import Matched
 from transforms.read import ReadConfig, cut_chunks, read_images, read_loose, relative_path
-from transforms.records import EncodedImage, Shard, SourceFile, printable
+from transforms.records import EncodedImage, Shard, SourceFile, escape_name, unescape_name
 from transforms.resume import CommittedChunk, InputChanged, is_finished, read_image_rows
 from transforms.write import ChunkKey, OutputConfig
 
@@ -174,7 +174,7 @@ class _Reconciliation:
                     entries[shard.name].append(_moved(shard, self.before.manifest.root, self.matched.root))
             return entries
         paths = {
-            printable(relative_path(file.path, self.matched.root)): file.path
+            escape_name(relative_path(file.path, self.matched.root)): file.path
             for shard in self.matched.shards
             for file in shard.files
         }
@@ -182,7 +182,7 @@ class _Reconciliation:
             if self._is_packed(name):
                 continue
             files = tuple(
-                SourceFile(paths.get(row["image_id"], f"{self.matched.root}/{row['image_id']}"), -1)
+                SourceFile(paths.get(row["image_id"], f"{self.matched.root}/{unescape_name(row['image_id'])}"), -1)
                 for row in read_image_rows(self.config.output, chunk.key)
             )
             entries[name].append(
@@ -234,14 +234,14 @@ class _Reconciliation:
             return tuple(file for file, _ in there)
         self.removed += [self._name(file) for file in entry.files if file.path not in now]
         retry = source.failed if self.config.retry_failed else frozenset()
-        there = [(file, found) for file, found in there if printable(self._name(file)) not in retry]
+        there = [(file, found) for file, found in there if escape_name(self._name(file)) not in retry]
         suspects = [found for file, found in there if _hint(file) != _hint(found)]
         changed: set[str] = set()
         if suspects:
             sha256 = {row["image_id"]: row["sha256"] for row in read_image_rows(self.config.output, source.key)}
             with ThreadPoolExecutor(_THREADS) as threads:
                 for file, found in zip(suspects, threads.map(_sha256, suspects), strict=True):
-                    if found is None or found != sha256[printable(self._name(file))]:
+                    if found is None or found != sha256[escape_name(self._name(file))]:
                         changed.add(file.path)
                         self.changed.append(self._name(file))
         return tuple(found for _, found in there if found.path not in changed)
@@ -412,7 +412,7 @@ def source_of(entry: Shard, before: Before, output: str, root: str) -> Committed
             return chunk
         if chunk.key.generation < entry.generation:
             found = {row["image_id"] for row in read_image_rows(output, chunk.key)}
-            if found >= {printable(relative_path(file.path, root)) for file in entry.files}:
+            if found >= {escape_name(relative_path(file.path, root)) for file in entry.files}:
                 return chunk
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -13,10 +14,33 @@ FORMATS = ("tfrecord", "tar", "parquet", "image")
 # Failed images named in a summary; all of them are rows in the output.
 MAX_FAILURES_SHOWN = 10
 
+# Names of annotations in a summary.
+MAX_ANNOTATIONS_SHOWN = 10
+
+
+# A byte that is not UTF-8, or the backslash of a name that looks like one.
+_ESCAPE = re.compile(r"\\x([89a-f][0-9a-f]|5c)")
+
 
 def printable(text: str) -> str:
-    """Text that UTF-8 can store: bytes of a file name that are none become \\xNN."""
+    """Text that UTF-8 can store: bytes of a file name that are not UTF-8 become \\xNN."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def escape_name(name: str) -> str:
+    """A file name as UTF-8 can store it; different names stay different.
+
+    Bytes that are not UTF-8 become \\xNN. The backslash of a name that spells that out becomes \\x5c.
+
+    >>> print(escape_name("caf\\udce9.jpg"), escape_name(r"caf\\xe9.jpg"), escape_name(r"a\\b.jpg"))
+    caf\\xe9.jpg caf\\x5cxe9.jpg a\\b.jpg
+    """
+    return printable(_ESCAPE.sub(r"\\x5cx\1", name))
+
+
+def unescape_name(name: str) -> str:
+    """Inverse of escape_name: the name as the file system has it."""
+    return _ESCAPE.sub(lambda escape: bytes([int(escape[1], 16)]).decode("utf-8", "surrogateescape"), name)
 
 
 @dataclass(frozen=True)
@@ -81,6 +105,28 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Annotations:
+    """Images of tar samples that are no rows, since they annotate the sample's photo, as 17.seg.png does 17.jpg.
+
+    Attributes:
+      images: how many.
+      names: what the first few, in the order of the alphabet, are called behind the key: `seg.png`.
+    """
+
+    images: int = 0
+    names: tuple[str, ...] = ()
+
+    def __add__(self, other: Annotations) -> Annotations:
+        if not (self.images and other.images):
+            return self if self.images else other
+        names = sorted({*self.names, *other.names})[:MAX_ANNOTATIONS_SHOWN]
+        return Annotations(self.images + other.images, tuple(names))
+
+
+NO_ANNOTATIONS = Annotations()
+
+
+@dataclass(frozen=True)
 class EncodedImage:
     """One image as it lies in its shard, or the reason why it could not be read.
 
@@ -91,6 +137,7 @@ class EncodedImage:
       file_name: the record's own file name, if it has one; for loose files the base name.
       data: the file's bytes; empty where reading failed.
       failure: set where reading failed.
+      annotations: other images of its sample, which are not labeled.
     """
 
     image_id: str
@@ -99,6 +146,7 @@ class EncodedImage:
     file_name: str | None
     data: bytes
     failure: Failure | None = None
+    annotations: Annotations = NO_ANNOTATIONS
 
 
 @dataclass(frozen=True)
@@ -278,6 +326,7 @@ class LabeledChunk:
                 for image in failed[:MAX_FAILURES_SHOWN]
                 if image.failure
             ),
+            annotations=sum((image.source.annotations for image in self.images), NO_ANNOTATIONS),
         )
 
 
@@ -288,6 +337,7 @@ class Totals:
     Attributes:
       chunks: committed ones; 0 = not known, before version 2.
       failures: "image_id: stage: reason" of the first few failed images, in the order of their ids.
+      annotations: images of tar samples that are not among `images`.
     """
 
     images: int = 0
@@ -301,6 +351,7 @@ class Totals:
     seconds: Seconds = Seconds()
     chunks: int = 0
     failures: tuple[str, ...] = ()
+    annotations: Annotations = NO_ANNOTATIONS
 
     def __add__(self, other: Totals) -> Totals:
         added: dict[str, Any] = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
@@ -314,12 +365,14 @@ class Totals:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Totals:
         """Inverse of to_dict."""
+        annotations = values.get("annotations", asdict(NO_ANNOTATIONS))  # labels of earlier versions have none
         return cls(
             **{
                 **values,
                 "dropped": Dropped(**values["dropped"]),
                 "seconds": Seconds(**values["seconds"]),
                 "failures": tuple(values["failures"]),
+                "annotations": Annotations(annotations["images"], tuple(annotations["names"])),
             }
         )
 

@@ -6,6 +6,8 @@ remove_small_regions, commit dca509f). Here regions are joined run by run, with 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from transforms.rle import Runs, join_runs
@@ -17,9 +19,14 @@ def remove_small_regions(runs: Runs, min_area: int) -> tuple[Runs, bool]:
     Returns:
       the mask, and whether it changed.
     """
+    height, width = runs.size_hw
+    if not (runs.starts % height).any() and not (runs.ends % height).any():
+        # Of whole columns, as in an image one pixel high: one column has the same regions, in a run each. Runs are cut
+        # at columns below, and a panorama of millions of columns would have that many pieces.
+        runs = Runs((height * width, 1), runs.starts, runs.ends)
     without_holes, filled = _fill_small_holes(runs, min_area)
     without_islands, removed = _remove_small_islands(without_holes, min_area)
-    return without_islands, filled or removed
+    return replace(without_islands, size_hw=(height, width)), filled or removed
 
 
 def _fill_small_holes(runs: Runs, min_area: int) -> tuple[Runs, bool]:

@@ -19,7 +19,7 @@ from apache_beam.io.filesystems import FileSystems
 from transforms.manifest import Manifest
 from transforms.parquet_file import open_parquet
 from transforms.read import relative_path
-from transforms.records import MAX_FAILURES_SHOWN, ChunkReport, Dropped, Shard, Totals, printable
+from transforms.records import MAX_FAILURES_SHOWN, ChunkReport, Dropped, Shard, Totals, escape_name
 from transforms.resume import TableFiles
 from transforms.schema import with_report
 from transforms.write import (
@@ -50,7 +50,7 @@ def rewrite_chunk(
       RunReplaced: another start goes on with the output.
       OSError: it cannot be read or written.
     """
-    kept = {printable(relative_path(file.path, root)) for file in entry.files}
+    kept = {escape_name(relative_path(file.path, root)) for file in entry.files}
     tables = {}
     for directory in (IMAGES_DIR, *(report.siblings or {ANNOTATIONS_DIR: 0})):
         table = _read_table(FileSystems.join(output, directory, source.file_name))

@@ -19,7 +19,7 @@ from transforms.records import (
     LabeledImage,
     Mask,
     Totals,
-    printable,
+    escape_name,
 )
 
 # Keys of the files' own metadata. REPORT_KEY holds the chunk's ChunkReport, RUN_KEY the content of run.json.
@@ -212,7 +212,7 @@ def image_row(image: LabeledImage, shard_path: str) -> dict[str, Any]:
         "file_name": image.source.file_name,
         "width": width,
         "height": height,
-        "shard": printable(shard_path),
+        "shard": escape_name(shard_path),
         "row": image.source.row,
         "sha256": image.sha256 or None,
         "status": image.status,

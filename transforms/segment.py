@@ -19,10 +19,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import apache_beam as beam
+import numpy as np
 from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
@@ -37,7 +38,7 @@ from transforms.threads import host_threads
 _DECODE_AHEAD = 3
 _ENCODE_BEHIND = 3
 
-# So many images in a row that the model fails on mean that the model is broken, not the images.
+# After this many failures of the model in a row, the probe image shows whether the images or the device are at fault.
 _MAX_MODEL_FAILURES_IN_A_ROW = 3
 
 # How XLA and CUDA say that the device's memory ran out.
@@ -103,7 +104,7 @@ def native_stderr_silenced() -> Iterator[None]:
 
 
 class ModelBroken(RuntimeError):
-    """The model fails on every image: the accelerator, its memory or the installation, not the data."""
+    """The model fails on the built-in image, too: the accelerator, its memory or the installation, not the data."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -123,7 +124,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass
 class ModelHealth:
-    """Tells a bad image from a broken model, and knows what the device can hold, over the chunks of one process.
+    """What the device can hold, as far as is known, over the chunks of one process.
 
     Attributes:
       batch_divisor: 2 once the device's memory ran out: points_per_batch is halved from then on. Never more: a device
@@ -131,9 +132,6 @@ class ModelHealth:
       out_of_memory: images that were tried again because of that.
     """
 
-    last_good: _Decoded | None = None
-    failures_in_a_row: int = 0
-    reasons: list[str] = field(default_factory=list)
     batch_divisor: int = 1
     out_of_memory: int = 0
 
@@ -154,41 +152,6 @@ class ModelHealth:
                 self.fit_batch(config).points_per_batch,
                 config.points_per_batch,
             )
-
-    def succeeded(self, image: _Decoded) -> None:
-        """An image got through."""
-        self.last_good, self.failures_in_a_row = image, 0
-        self.reasons.clear()
-
-    def failed(self, image_id: str, error: Exception) -> None:
-        """An image failed twice. Raises ModelBroken at the third in a row."""
-        self.failures_in_a_row += 1
-        self.reasons.append(f"{image_id}: {describe_error(error)}")
-        if self.failures_in_a_row >= _MAX_MODEL_FAILURES_IN_A_ROW:
-            self.give_up(error)
-
-    def check_chunk(self, error: Exception | None, generate: Callable[[_Decoded], Future[ImageMasks]]) -> None:
-        """At the end of a chunk whose last images failed, with the last of their errors: is it the model?
-
-        A model that never worked is broken, however few images there were; one that fails on the last image that it
-        could label has broken since.
-        """
-        if error is None or not self.failures_in_a_row:
-            return
-        if self.last_good is None:
-            self.give_up(error)
-        else:
-            try:
-                generate(self.last_good).result()
-            except Exception as broken:
-                self.give_up(broken)
-
-    def give_up(self, error: Exception) -> None:
-        """Raises ModelBroken."""
-        raise ModelBroken(
-            f"the model failed on {self.failures_in_a_row} images in a row, so nothing of this chunk was written. "
-            f"{'; '.join(self.reasons)}. Look at the first error: if memory ran out, lower --points_per_batch."
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -216,40 +179,86 @@ def label_chunk(
       image_done: called with each image, for progress.
 
     Raises:
-      ModelBroken: the model fails on every image.
+      ModelBroken: images fail, and the built-in one does, too.
     """
     decode = partial(_decode, image_config=image_config, amg_config=amg_config, frame_size=sam.frame_size)
-    waiting = iter(chunk.images)
+    labeler = _ChunkLabeler(sam, amg_config, threads, health, image_done)
     ahead: deque[Future[_Decoded]] = deque()
-    behind: deque[tuple[_Decoded, Future[ImageMasks]]] = deque()
-    labeled: list[LabeledImage] = []
-    last_error: Exception | None = None
+    for image in chunk.images:
+        ahead.append(threads.submit(decode, image))
+        if len(ahead) == _DECODE_AHEAD:
+            labeler.feed(ahead.popleft().result())
+    while ahead:
+        labeler.feed(ahead.popleft().result())
+    images = labeler.close()
+    return LabeledChunk(chunk.shard, chunk.index, images, chunk.final, chunk.digest, amg_config.keep_candidates)
 
-    def generate(decoded: _Decoded) -> Future[ImageMasks]:
-        return _generate(sam, decoded, health.fit_batch(amg_config), threads)
 
-    def done(image: LabeledImage) -> None:
-        labeled.append(image)
-        image_done(image)
+class _ChunkLabeler:
+    """Feeds decoded images to the device and takes back their masks, in the images' order.
 
-    def finish_oldest() -> None:
-        nonlocal last_error
-        decoded, future = behind.popleft()
+    An image that fails is tried once more. Failures mean a bad image or a broken device: after the third in a row, and
+    at the end of a chunk whose last images failed, the probe image shows which.
+    """
+
+    def __init__(
+        self,
+        sam: Sam,
+        config: AmgConfig,
+        threads: ThreadPoolExecutor,
+        health: ModelHealth,
+        image_done: Callable[[LabeledImage], None],
+    ) -> None:
+        self._sam = sam
+        self._config = config
+        self._threads = threads
+        self._health = health
+        self._image_done = image_done
+        self._behind: deque[tuple[_Decoded, Future[ImageMasks]]] = deque()  # on the device, or in the host's threads
+        self._labeled: list[LabeledImage] = []
+        self._failures_in_a_row: list[str] = []
+
+    def feed(self, decoded: _Decoded) -> None:
+        """Starts the next image, and waits for the oldest one if too many are in work.
+
+        Raises:
+          ModelBroken: see label_chunk.
+        """
+        if decoded.labeled.failure:
+            self._finish_all()  # keep the images' order
+            self._done(decoded.labeled)
+            return
+        self._behind.append((decoded, self._generate(decoded, self._config)))
+        if len(self._behind) > _ENCODE_BEHIND:
+            self._finish_oldest()
+
+    def close(self) -> tuple[LabeledImage, ...]:
+        """Waits for the rest.
+
+        Raises:
+          ModelBroken: see label_chunk.
+        """
+        self._finish_all()
+        if self._failures_in_a_row:
+            self._probe()
+        return tuple(self._labeled)
+
+    def _finish_all(self) -> None:
+        while self._behind:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        decoded, future = self._behind.popleft()
         try:
-            result = future.result()
-        except Exception as first_error:
-            _log.warning("%s failed (%s), trying again", decoded.labeled.source.image_id, describe_error(first_error))
-            if is_out_of_memory(first_error):
-                health.ran_out_of_memory(amg_config)
-            try:
-                result = generate(decoded).result()
-            except Exception as error:
-                last_error = error
-                health.failed(decoded.labeled.source.image_id, error)
-                done(replace(decoded.labeled, failure=Failure("model", describe_error(error))))
-                return
-        health.succeeded(decoded)
-        done(
+            result = self._result_or_redo(decoded, future)
+        except Exception as error:
+            self._done(replace(decoded.labeled, failure=Failure("model", describe_error(error))))
+            self._failures_in_a_row.append(f"{decoded.labeled.source.image_id}: {describe_error(error)}")
+            if len(self._failures_in_a_row) >= _MAX_MODEL_FAILURES_IN_A_ROW:
+                self._probe()
+            return
+        self._failures_in_a_row.clear()
+        self._done(
             replace(
                 decoded.labeled,
                 masks=result.masks,
@@ -260,61 +269,90 @@ def label_chunk(
             )
         )
 
-    while True:
-        while len(ahead) < _DECODE_AHEAD and (image := next(waiting, None)) is not None:
-            ahead.append(threads.submit(decode, image))
-        if not ahead:
-            break
-        decoded = ahead.popleft().result()
-        if decoded.labeled.failure:
-            while behind:  # keep the images' order
-                finish_oldest()
-            done(decoded.labeled)
-            continue
-        behind.append((decoded, generate(decoded)))
-        if len(behind) > _ENCODE_BEHIND:
-            finish_oldest()
-    while behind:
-        finish_oldest()
-    health.check_chunk(last_error, generate)
-    return LabeledChunk(chunk.shard, chunk.index, tuple(labeled), chunk.final, chunk.digest, amg_config.keep_candidates)
+    def _result_or_redo(self, decoded: _Decoded, future: Future[ImageMasks]) -> ImageMasks:
+        try:
+            return future.result()
+        except Exception as error:
+            _log.warning("%s failed (%s), trying again", decoded.labeled.source.image_id, describe_error(error))
+            if is_out_of_memory(error):
+                self._health.ran_out_of_memory(self._config)
+        return self._generate(decoded, self._config).result()
+
+    def _probe(self) -> None:
+        """Labels the built-in image. If that works, the images that failed are at fault, and counting starts over.
+
+        Raises:
+          ModelBroken: it does not work.
+        """
+        config, count = probe_config(self._config), len(self._failures_in_a_row)
+        try:
+            self._generate(_prepare_probe(config, self._sam.frame_size), config).result()
+        except Exception as error:
+            raise ModelBroken(
+                f"the model failed on {count} image{'s' * (count != 1)} in a row and on a built-in test image "
+                f"({describe_error(error)}), so nothing of this chunk was written. "
+                f"{'; '.join(self._failures_in_a_row)}. Look at the first error: if memory ran out, lower "
+                "--points_per_batch."
+            ) from error
+        self._failures_in_a_row.clear()
+
+    def _generate(self, decoded: _Decoded, config: AmgConfig) -> Future[ImageMasks]:
+        """Runs the model now; the future is of the masks. An error of the model becomes the future's."""
+        assert decoded.labeled.size_hw is not None  # decoding succeeded
+        config = self._health.fit_batch(config)
+        try:
+            selected, seconds = propose_image(self._sam, decoded.crops, config, self._threads.submit)
+        except Exception as error:
+            failed: Future[ImageMasks] = Future()
+            failed.set_exception(error)
+            return failed
+        return self._threads.submit(select_masks, selected, decoded.labeled.size_hw, config, seconds)
+
+    def _done(self, image: LabeledImage) -> None:
+        self._labeled.append(image)
+        self._image_done(image)
+
+
+def probe_pixels() -> np.ndarray:
+    """The built-in test image, (96, 128, 3) uint8: a bright disc on a gradient."""
+    y, x = np.mgrid[:96, :128]
+    pixels = 255 - np.stack([x, y, x + y], axis=-1).astype(np.uint8)
+    pixels[np.hypot(x - 64, y - 48) < 24] = (240, 200, 80)
+    return pixels
+
+
+def probe_config(config: AmgConfig) -> AmgConfig:
+    """Parameters for the probe: one batch of prompts through all of the model, whatever it thinks of them."""
+    return replace(
+        config.without_candidates(), points_per_side=4, point_grids=None, crop_n_layers=0, pred_iou_thresh=0.0
+    )
+
+
+def _prepare_probe(config: AmgConfig, frame_size: int) -> _Decoded:
+    pixels = probe_pixels()
+    source = EncodedImage("the built-in test image", 0, None, None, b"")
+    labeled = LabeledImage(source, 0, "", (pixels.shape[0], pixels.shape[1]), 1)
+    return _Decoded(labeled, prepare_crops(pixels, config, frame_size))
 
 
 def _decode(image: EncodedImage, image_config: ImageConfig, amg_config: AmgConfig, frame_size: int) -> _Decoded:
     """Bytes -> crops. The decoded image itself is not kept."""
     start = time.perf_counter()
-    source = replace(image, data=b"")
     sha256 = hashlib.sha256(image.data).hexdigest() if image.data else ""
+    labeled = LabeledImage(replace(image, data=b""), len(image.data), sha256, None, 1, failure=image.failure)
     if image.failure:
-        return _Decoded(LabeledImage(source, len(image.data), sha256, None, 1, failure=image.failure), [])
+        return _Decoded(labeled, [])
     try:
         decoded = decode_image(image.data, image_config)
         crops = prepare_crops(decoded.pixels, amg_config, frame_size)
-    except ImageError as error:
-        return _Decoded(
-            LabeledImage(source, len(image.data), sha256, None, 1, failure=Failure("decode", str(error))), []
-        )
-    except MemoryError as error:
-        return _Decoded(
-            LabeledImage(source, len(image.data), sha256, None, 1, failure=Failure("decode", describe_error(error))), []
-        )
+    except Exception as error:  # whatever it is, it is this image's
+        reason = str(error) if isinstance(error, ImageError) else describe_error(error)
+        return _Decoded(replace(labeled, failure=Failure("decode", reason)), [])
     size_hw = decoded.pixels.shape[0], decoded.pixels.shape[1]
     seconds = Seconds(decode=time.perf_counter() - start)
     return _Decoded(
-        LabeledImage(source, len(image.data), sha256, size_hw, decoded.exif_orientation, seconds=seconds), crops
+        replace(labeled, size_hw=size_hw, exif_orientation=decoded.exif_orientation, seconds=seconds), crops
     )
-
-
-def _generate(sam: Sam, decoded: _Decoded, config: AmgConfig, threads: ThreadPoolExecutor) -> Future[ImageMasks]:
-    """Runs the model now; the future is of the masks. An error of the model becomes the future's."""
-    try:
-        selected, seconds = propose_image(sam, decoded.crops, config, threads.submit)
-    except Exception as error:
-        failed: Future[ImageMasks] = Future()
-        failed.set_exception(error)
-        return failed
-    assert decoded.labeled.size_hw is not None  # decoding succeeded
-    return threads.submit(select_masks, selected, decoded.labeled.size_hw, config, seconds)
 
 
 class _SharedModel:

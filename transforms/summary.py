@@ -48,9 +48,16 @@ def replace_file(path: str) -> Iterator[IO[bytes]]:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """Reads a JSON file from any Beam file system."""
+    """Reads a JSON file from any Beam file system.
+
+    Raises:
+      ValueError: it is no JSON.
+    """
     with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-        return json.loads(file.read())
+        try:
+            return json.loads(file.read())
+        except RecursionError as error:
+            raise ValueError("it nests too deep") from error
 
 
 def write_summary(totals: Totals, output: str, run: dict[str, Any]) -> Totals:
