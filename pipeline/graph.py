@@ -8,6 +8,7 @@ from typing import Any
 import apache_beam as beam
 
 from pipeline.dataflow import DataflowConfig
+from pipeline.progress import ProgressConfig
 from transforms.amg import AmgConfig
 from transforms.images import ImageConfig
 from transforms.manifest import ReadManifest
@@ -21,15 +22,16 @@ from transforms.write import OutputConfig, WriteParquet
 
 @dataclass(frozen=True)
 class Job:
-    """Everything `maskbeam label` was asked to do."""
+    """Everything `maskbeam label` was asked to do. The fields are in the order of --help."""
 
-    input: InputConfig
-    read: ReadConfig
-    images: ImageConfig
     model: ModelConfig
-    amg: AmgConfig
+    input: InputConfig
     output: OutputConfig
+    progress: ProgressConfig
+    amg: AmgConfig
+    images: ImageConfig
     dataflow: DataflowConfig
+    read: ReadConfig
 
 
 def build(

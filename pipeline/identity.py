@@ -11,17 +11,17 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from pipeline.graph import Job
 from pipeline.options import UsageError
 from transforms.cache import local_preset
+from transforms.check_preset import check_preset
+from transforms.embedded import PresetError
 from transforms.manifest import FORMAT
 from transforms.match import absolute
 from transforms.records import Shard
 from transforms.resume import committed_chunks
-from transforms.segment import native_stderr_silenced
 from transforms.source import describe_error
 from transforms.summary import SUMMARY_FILE, read_json, write_json
 from transforms.write import (
@@ -50,7 +50,6 @@ _CLEARING = "clearing"
 _NOT_IDENTITY = ("model", "versions", "coco", "id", "root", "manifest", "format", _CLEARING)
 
 _VERSIONED = ("maskbeam", "apache-beam", "keras", "keras-hub", "tensorflow", "jax", "numpy", "pycocotools", "pyarrow")
-_WEIGHT_FILES = ("model.weights.h5", "model.weights.json")
 
 
 def default_backend() -> str:
@@ -93,48 +92,19 @@ def model_fingerprint(preset: str) -> str:
     """sha256 of a model's architecture and weights, wherever they lie.
 
     Raises:
-      UsageError: there is no such model.
+      UsageError: there is no such model, or it cannot be used.
     """
     digest = hashlib.sha256()
     try:
-        directory = local_preset(preset)
-        for name in ("config.json", *_weight_files(directory)):
-            with FileSystems.open(
-                _preset_file(directory, name), compression_type=CompressionTypes.UNCOMPRESSED
-            ) as file:
+        for path in check_preset(local_preset(preset)):
+            with open(path, "rb") as file:
                 while block := file.read(2**20):
                     digest.update(block)
-    except Exception as error:  # whatever the file system or hub in question raises
-        first_line = str(error).strip().partition("\n")[0]
-        raise UsageError(
-            f"cannot find model {preset}: {first_line}. Give an embedded model, the name of a KerasHub SAM preset, or "
-            "the directory or URI of one. Names are downloaded and need the network."
-        ) from error
+    except PresetError as error:
+        raise UsageError(str(error)) from error
+    except Exception as error:  # whatever the file system in question raises
+        raise UsageError(f"cannot read model {preset}: {describe_error(error)}. Check name and access.") from error
     return digest.hexdigest()
-
-
-def _weight_files(directory: str) -> list[str]:
-    """model.weights.h5, or the index and the shards of large models."""
-    if _is_directory(directory) and not FileSystems.exists(FileSystems.join(directory, _WEIGHT_FILES[0])):
-        index = read_json(FileSystems.join(directory, _WEIGHT_FILES[1]))
-        return [_WEIGHT_FILES[1], *sorted(set(index["weight_map"].values()))]
-    return [_WEIGHT_FILES[0]]
-
-
-def _preset_file(directory: str, name: str) -> str:
-    """Path of a preset's file; presets known by name are downloaded to KerasHub's cache."""
-    if _is_directory(directory):
-        return FileSystems.join(directory, name)
-    with native_stderr_silenced():
-        from keras_hub.src.utils.preset_utils import get_file  # there is no public way to a preset's files
-
-    return get_file(directory, name)
-
-
-def _is_directory(preset: str) -> bool:
-    return not preset.startswith(("kaggle://", "hf://", "modelscope://")) and FileSystems.exists(
-        FileSystems.join(preset, "config.json")
-    )
 
 
 def claim_output(output: str, run: dict[str, Any], overwrite: bool) -> dict[str, Any]:

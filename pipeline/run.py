@@ -23,7 +23,6 @@ from typing import Any, NoReturn
 
 import apache_beam as beam
 from apache_beam.io.filesystem import BeamIOError
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability import python_urns
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
@@ -35,15 +34,16 @@ from pipeline.interruption import when_interrupted
 from pipeline.options import UsageError, runs_locally
 from pipeline.progress import Progress
 from pipeline.remote import JobFailed, prepare, run_elsewhere
-from pipeline.results import escape_controls, format_some
+from pipeline.results import describe_model, escape_controls, format_some
 from pipeline.settle import Settled, finish, settle
 from pipeline.starts import announce_start, withdraw_start
+from transforms.embedded import PresetError, check_model_name
 from transforms.match import Matched, check_output, match_shards
 from transforms.records import Totals
 from transforms.resume import InputChanged
 from transforms.segment import LoadSam, ModelBroken, load_model, use_backend
 from transforms.source import describe_error
-from transforms.summary import SUMMARY_FILE, read_json
+from transforms.summary import read_totals
 from transforms.write import RunReplaced, TooManyFailures
 
 EXIT_DONE = 0
@@ -56,11 +56,15 @@ _POLL_SECONDS = 0.2
 PROGRESS_DIR = "progress"
 
 # These say all there is to say; for others the stack trace is shown, too.
-_EXPECTED_ERRORS = (InputChanged, JobFailed, ModelBroken, RunReplaced, TooManyFailures, OSError)
+_EXPECTED_ERRORS = (InputChanged, JobFailed, ModelBroken, PresetError, RunReplaced, TooManyFailures, OSError)
 
 
-def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) -> int:
+def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model, notice: str = "") -> int:
     """Labels the input and prints a summary.
+
+    Args:
+      load: makes the model; tests give a fake.
+      notice: printed once the job is known to be possible.
 
     Returns:
       the exit code.
@@ -72,6 +76,7 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) ->
     try:
         if not local or job.dataflow.gpu is not None:
             job = prepare(job, options)
+        check_model_name(job.model.model)  # at once: looking at the input may take a while
         matched = match_shards(job.input, job.read)
         check_output(job.input, job.output.output)
         use_backend(default_backend())
@@ -92,6 +97,8 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) ->
             "do the work twice.",
             file=sys.stderr,
         )
+    if notice:
+        print(notice, file=sys.stderr)
     stays = f"What is committed in {job.output.output} stays; run the same command to go on."
     with when_interrupted(lambda: withdraw_start(note), stays):
         try:
@@ -115,10 +122,8 @@ def _label(job: Job, options: PipelineOptions, settled: Settled, matched: Matche
         return EXIT_FAILED
     if makes_template(options):
         return EXIT_DONE
-    totals = Totals.from_dict(
-        {k: v for k, v in read_json(FileSystems.join(job.output.output, SUMMARY_FILE)).items() if k != "versions"}
-    )
-    print(summary(totals, outcome, matched.ignored, job.output.output))
+    totals = read_totals(job.output.output)
+    print(summary(totals, outcome, matched.ignored, job.output.output, describe_model(settled.run)))
     for note in settled.notes:
         print(escape_controls(note))
     try:
@@ -267,7 +272,7 @@ def _make_progress(job: Job, matched: Matched, done: Totals, progress_dir: Path)
     if not countable and job.input.limit is not None:
         total_images = job.input.limit
     total_bytes = sum(shard.num_bytes for shard in matched.shards)
-    return Progress(progress_dir, total_images, total_bytes, done.images, done.encoded_bytes)
+    return Progress(progress_dir, total_images, total_bytes, done.images, done.encoded_bytes, job.progress)
 
 
 def _expected(error: BaseException) -> tuple[bool, str]:
@@ -298,7 +303,7 @@ def describe_no_result(totals: Totals) -> str:
     )
 
 
-def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output: str) -> str:
+def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output: str, model: str) -> str:
     """What the command prints at the end."""
     lines = [
         f"{totals.images} images: {totals.labeled} labeled, {totals.empty} empty, {totals.failed} failed",
@@ -322,5 +327,6 @@ def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output:
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in vars(totals.seconds).items())
     lines.append(f"seconds in {seconds}")
     directory = output.rstrip("/")
+    lines.append(f"model: {model}")
     lines.append(f"labels: {directory}/annotations/*.parquet, {directory}/images/*.parquet")
     return "\n".join(lines)

@@ -231,7 +231,7 @@ def test_a_run_that_failed_goes_on_with_a_model_that_works(photos: Path, output:
         (["--input", "{photos}", "--output", "{tmp}/file"], "cannot write to --output"),
         (["--input", "{photos}", "--output", "nowhere://out"], "cannot write to --output nowhere://out"),
         (["--input", "nowhere://in", "--output", "{tmp}/out"], "nowhere://in"),
-        (["--input", "{photos}", "--output", "{tmp}/out", "--model", "{tmp}/none"], "cannot find model"),
+        (["--input", "{photos}", "--output", "{tmp}/out", "--model", "{tmp}/none"], "there is no model"),
         (["--input", "{photos}", "--output", "{tmp}/out", "--points_per_side", "0"], "points_per_side must be"),
         (["--input", "{photos}"], "--output"),
         ([], "--input"),
@@ -638,4 +638,5 @@ def test_the_summary_tells_what_was_dropped_and_where_the_labels_are(
     assert lines[1].startswith(f"{totals['masks']} masks of {totals['candidates']} candidates (dropped: stability ")
     assert "images/s (6 in " in lines[2]
     assert lines[3].startswith("seconds in decode ") and " write " in lines[3]
-    assert lines[4] == f"labels: {output}/annotations/*.parquet, {output}/images/*.parquet"
+    assert lines[4] == "model: sam_tiny"
+    assert lines[5] == f"labels: {output}/annotations/*.parquet, {output}/images/*.parquet"

@@ -559,10 +559,20 @@ def test_processes_that_ask_at_the_same_time_copy_once(memory: ObjectStore, home
 
 
 def test_a_preset_that_is_not_there_is_a_usage_error(store: ObjectStore, home: Path) -> None:
-    with pytest.raises(UsageError, match=f"cannot find model {store.uri}/none: .*no files below"):
+    with pytest.raises(UsageError, match=f"the model {store.uri}/none is not there"):
         model_fingerprint(f"{store.uri}/none")
 
 
-@pytest.mark.parametrize("preset", ["sam_base_sa1b", "/models/mine", "kaggle://keras/sam", "hf://keras/sam"])
+def test_a_uri_without_a_preset_is_not_copied(memory: ObjectStore, home: Path) -> None:
+    uri = memory.put("bucket/photo.jpg", b"x").rpartition("/")[0]
+    STORE.requests.clear()
+    with pytest.raises(UsageError, match=f"the model {uri} is no KerasHub preset: there is no config.json in it"):
+        model_fingerprint(uri)
+    assert STORE.requests == {"list": 1}
+
+
+@pytest.mark.parametrize(
+    "preset", ["sam_base_sa1b", resolve_preset("sam_tiny"), "kaggle://keras/sam", "hf://keras/sam"]
+)
 def test_what_kerashub_reads_by_itself_is_left_to_it(preset: str) -> None:
     assert local_preset(preset) == preset

@@ -24,6 +24,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import photo_bytes
 from transforms import read, source
 from transforms.read import ReadConfig, read_chunks, read_images
 from transforms.records import Annotations, EncodedImage, Shard, SourceFile, escape_name, unescape_name
@@ -596,6 +597,23 @@ def test_parquet_row_without_bytes_is_a_failed_row(value: Any, message: str, tmp
     images = read_bytes(tmp_path, "parquet", data)
     assert message in reason(images[0])
     assert images[1].data == b"x"
+
+
+def test_what_is_said_of_parquet_that_holds_only_paths_works(tmp_path: Path) -> None:
+    import datasets
+
+    photo = tmp_path / "a.png"
+    photo.write_bytes(photo_bytes(1))
+    dataset = datasets.Dataset.from_dict({"image": [str(photo)]}).cast_column("image", datasets.Image())
+    stored = tmp_path / "stored.parquet"
+    dataset.to_parquet(str(stored))
+    (image,) = read_bytes(tmp_path, "parquet", stored.read_bytes())
+    said = reason(image).partition("before to_parquet: ")[2]
+    names = {"datasets": datasets, "dataset": dataset}
+    exec(said, names)
+    names["dataset"].to_parquet(str(stored))
+    (image,) = read_bytes(tmp_path, "parquet", stored.read_bytes())
+    assert image.failure is None and image.data == photo_bytes(1)
 
 
 def test_parquet_without_an_image_column_names_its_columns(tmp_path: Path) -> None:

@@ -526,6 +526,10 @@ def _holds_bytes(schema: pa.Schema, name: str) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
+# How a dataset of paths gets their bytes.
+EMBED = 'dataset = dataset.with_format("arrow").map(datasets.table.embed_table_storage, batched=True)'
+
+
 def _parse_row(values: dict[str, Any], image: str, key: str | None, file_name: str | None) -> Sample:
     data, path = values[image], None
     if isinstance(data, dict):  # as Hugging Face datasets store images
@@ -537,7 +541,10 @@ def _parse_row(values: dict[str, Any], image: str, key: str | None, file_name: s
     if data is None:
         reason = f"{image} is null"
         if path is not None:
-            reason = f"{image} has no bytes, only the path {path!r}: embed the images in the Parquet files"
+            reason = (
+                f"{image} has no bytes, only the path {path!r}: give the image files themselves as --input, or embed "
+                f"them with Hugging Face's datasets before to_parquet: {EMBED}"
+            )
     return Sample(data or b"", _text(values[key]) if key else None, name, reason)
 
 

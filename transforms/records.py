@@ -22,6 +22,10 @@ MAX_ANNOTATIONS_SHOWN = 10
 _ESCAPE = re.compile(r"\\x([89a-f][0-9a-f]|5c)")
 
 
+class DamagedFile(RuntimeError):
+    """A file is not what it should be. The message names it, says where and what is wrong, and what to do."""
+
+
 def printable(text: str) -> str:
     """Text that UTF-8 can store: bytes of a file name that are not UTF-8 become \\xNN."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

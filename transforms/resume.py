@@ -146,7 +146,7 @@ def _read_checked(output: str, key: ChunkKey) -> tuple[ChunkReport, pa.Table] | 
             raise
         return None
     try:
-        table = open_parquet(io.BytesIO(data), verify=True).read(use_threads=False)
+        table = open_parquet(io.BytesIO(data)).read(use_threads=False)
         report = report_from_metadata(table.schema.metadata)
         images = table.select(["image_id", "row", "sha256", "key", "file_name", "status"])
     except (ValueError, KeyError, TypeError, OSError, pa.ArrowException):  # what pyarrow raises for broken files

@@ -100,7 +100,7 @@ def _read_table(path: str) -> pa.Table:
     with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
         data = file.read()
     try:
-        return open_parquet(io.BytesIO(data), verify=True).read(use_threads=False)
+        return open_parquet(io.BytesIO(data)).read(use_threads=False)
     except (ValueError, pa.ArrowException) as error:
         raise OSError(
             f"{path} is damaged: {str(error).partition(chr(10))[0]}. Delete it, and run the same command to go on."
