@@ -298,10 +298,7 @@ def draw_images(matched: Matched, config: ReadConfig, count: int, seed: int) -> 
         return hashlib.sha256(f"{seed} {image_id}".encode("utf-8", "surrogateescape")).digest()
 
     files = [
-        replace(shard, files=(file,), first_row=shard.first_row + index)
-        for shard in matched.shards
-        if shard.format == "image"
-        for index, file in enumerate(shard.files)
+        replace(shard, files=(file,)) for shard in matched.shards if shard.format == "image" for file in shard.files
     ]
     loose = heapq.nsmallest(count, files, key=lambda shard: number(relative_path(shard.files[0].path, matched.root)))
     packed = [shard for shard in matched.shards if shard.format != "image"]

@@ -18,6 +18,7 @@ from pipeline.options import UsageError
 from transforms.cache import local_preset
 from transforms.check_preset import check_preset
 from transforms.embedded import PresetError
+from transforms.manifest import FORMAT
 from transforms.match import absolute
 from transforms.records import Shard
 from transforms.resume import committed_chunks
@@ -31,8 +32,11 @@ from transforms.write import (
     TEMPORARY_DIR,
     delete_chunks,
     delete_file,
+    delete_files,
     delete_temporary,
+    escape_glob,
     list_tree,
+    manifest_path,
 )
 
 _TABLE_DIRS = (ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR)
@@ -41,8 +45,9 @@ _OUR_DIRS = (*_TABLE_DIRS, TEMPORARY_DIR)
 # In run.json while the labels of an earlier run are being deleted, so that a start after a kill goes on with that.
 _CLEARING = "clearing"
 
-# What may differ between starts of one run: names for people, not what makes the rows.
-_NOT_IDENTITY = ("model", "versions", "coco", "id", _CLEARING)
+# What may differ between starts of one run: names for people, not what makes the rows, and where the input lies, since
+# a copy of it has the same rows (transforms/reconcile.py looks).
+_NOT_IDENTITY = ("model", "versions", "coco", "id", "root", "manifest", "format", _CLEARING)
 
 _VERSIONED = ("maskbeam", "apache-beam", "keras", "keras-hub", "tensorflow", "jax", "numpy", "pycocotools", "pyarrow")
 
@@ -55,6 +60,7 @@ def default_backend() -> str:
 def describe_run(job: Job, root: str) -> dict[str, Any]:
     """The content of run.json: settings that affect rows, the model's fingerprint, backend, dtype, root; versions."""
     return {
+        "format": FORMAT,
         "root": root,
         "input_format": job.input.input_format,
         "chunk_size": job.input.chunk_size,
@@ -147,6 +153,11 @@ def _read_run(path: str) -> dict[str, Any]:
         ) from error
     if not isinstance(run, dict) or not {"model_fingerprint", "root", "amg"} <= run.keys():
         raise UsageError(f"{path} was not written by maskbeam. Choose another --output.")
+    if isinstance(run.get("format"), int) and run["format"] > FORMAT:
+        raise UsageError(
+            f"{path} was written by a newer maskbeam (format {run['format']}, this one knows {FORMAT}). Update "
+            "maskbeam, or choose another --output."
+        )
     return run
 
 
@@ -155,6 +166,8 @@ def _delete_labels(output: str) -> None:
     delete_chunks(output)
     delete_temporary(output)
     delete_file(FileSystems.join(output, SUMMARY_FILE))
+    (manifests,) = FileSystems.match([manifest_path(escape_glob(output), "*")])
+    delete_files([file.path for file in manifests.metadata_list])
 
 
 def refuse_input_in_output(shards: Iterable[Shard], output: str) -> None:

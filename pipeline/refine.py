@@ -30,7 +30,7 @@ from transforms.resume import committed_chunks, read_report
 from transforms.schema import chunk_to_tables
 from transforms.select import SelectionConfig
 from transforms.summary import SUMMARY_FILE, write_summary
-from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, OutputConfig, RunReplaced, chunk_name, commit_tables
+from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, ChunkKey, OutputConfig, RunReplaced, chunk_name, commit_tables
 
 _DESCRIPTION = (
     "Chooses the masks anew from the candidates that `maskbeam label --keep_candidates` stored, without the model. "
@@ -101,7 +101,7 @@ def run_refine(job: RefineJob, changes: dict[str, Any]) -> int:
     try:
         run = read_run(labels)
         config = change_settings(run, changes, labels)
-        sources = [_read_source(labels, shard, index) for shard, index in list_chunks(labels)]
+        sources = [_read_source(labels, chunk) for chunk in list_chunks(labels)]
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
     refined = {
@@ -147,14 +147,15 @@ def _refine_all(sources: list[ChunkReport], config: AmgConfig, job: RefineJob, r
 def _refine_and_commit(source: ChunkReport, config: AmgConfig, job: RefineJob, run: dict[str, Any]) -> ChunkReport:
     """One chunk of the new labels."""
     labels = job.refine.labels
-    images = read_chunk(labels, source.shard, source.index).images
+    key = ChunkKey(source.shard, source.index, source.generation)
+    images = read_chunk(labels, key).images
     made_with = AmgConfig.from_dict(run["refined_from"]["label_settings"])
-    candidates = read_candidates(labels, source.shard, source.index, images, COLUMNS, made_with)
+    candidates = read_candidates(labels, key, images, COLUMNS, made_with)
     refined = tuple(refine_chunk(images, candidates, config, job.containment))
     shard = Shard(source.shard, images["shard"][0].as_py() if len(images) else "", format="", files=())
     chunk = LabeledChunk(shard, source.index, refined, source.final, _digest(source))
     totals = replace(chunk.totals(), encoded_bytes=source.totals.encoded_bytes)
-    report = replace(source, digest=chunk.digest, totals=totals, run_id=run["id"])
+    report = replace(source, digest=chunk.digest, totals=totals, run_id=run["id"], generation=0)
     annotations, image_rows = chunk_to_tables(chunk, report, run)
     tables = {ANNOTATIONS_DIR: annotations, IMAGES_DIR: image_rows}
     commit_tables(tables, chunk_name(source.shard, source.index), job.refine.output, run)
@@ -166,12 +167,12 @@ def _digest(source: ChunkReport) -> str:
     return hashlib.sha256(json.dumps(asdict(source), sort_keys=True).encode()).hexdigest()
 
 
-def _read_source(labels: str, shard: str, index: int) -> ChunkReport:
+def _read_source(labels: str, chunk: ChunkKey) -> ChunkReport:
     """The report of a chunk of the labels."""
-    report = read_report(labels, shard, index)
+    report = read_report(labels, chunk.shard, chunk.index, chunk.generation)
     if report is None:
         raise DamagedFile(
-            f"{FileSystems.join(labels, IMAGES_DIR, chunk_name(shard, index))} is damaged: its footer has no report. "
+            f"{FileSystems.join(labels, IMAGES_DIR, chunk.file_name)} is damaged: its footer has no report. "
             "Delete it, and run the command that made it again."
         )
     return report

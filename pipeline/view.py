@@ -132,7 +132,7 @@ def run_view(job: ViewJob) -> int:
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     images = ImageConfig(run.get("exif", "apply"), run.get("max_pixels", ImageConfig.max_pixels))
-    chunks = _with_progress((read_chunk(job.labels.labels, *chunk) for chunk in listed), num_images)
+    chunks = _with_progress((read_chunk(job.labels.labels, chunk) for chunk in listed), num_images)
     try:
         if job.report.png:
             return _write_pictures(chunks, ids, photos, images, output)

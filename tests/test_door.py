@@ -32,6 +32,7 @@ from transforms.amg import AmgConfig
 from transforms.labels import list_chunks, read_candidates, read_chunk, read_chunks, read_run
 from transforms.records import DamagedFile
 from transforms.refine import COLUMNS
+from transforms.write import ChunkKey
 
 ROOT = Path(__file__).parents[1]
 CHUNK = "@root-00000.parquet"
@@ -168,7 +169,7 @@ ANNOTATIONS_DAMAGE: list[tuple[str, Any, str]] = [
 
 def read_all(labels: Path) -> None:
     for chunk in list_chunks(str(labels)):
-        read_chunk(str(labels), *chunk)
+        read_chunk(str(labels), chunk)
 
 
 @pytest.mark.parametrize(("column", "value", "told"), ANNOTATIONS_DAMAGE)
@@ -243,19 +244,19 @@ def test_a_damaged_candidate_is_named(labels: Path, column: str, value: Any, tol
     path = labels / "candidates" / CHUNK
     stable = next(i for i, row in enumerate(pq.read_table(path).to_pylist()) if i and row["stability_score"] > 0.9)
     rewrite(path, change_value(column, value, 1 if column == "image_id" else stable))
-    images = read_chunk(str(labels), "@root", 0).images
+    images = read_chunk(str(labels), ChunkKey("@root", 0)).images
     config = AmgConfig.from_dict(read_run(str(labels))["amg"])
     with pytest.raises(DamagedFile, match=re.escape(told)) as error:
-        read_candidates(str(labels), "@root", 0, images, COLUMNS, config)
+        read_candidates(str(labels), ChunkKey("@root", 0), images, COLUMNS, config)
     assert str(error.value).startswith(f"{path} cannot be read: ")
 
 
 def test_candidates_beyond_those_that_were_counted_are_an_error(labels: Path) -> None:
     rewrite(labels / "images" / CHUNK, change_value("num_candidates", 3, 0))
-    images = read_chunk(str(labels), "@root", 0).images
+    images = read_chunk(str(labels), ChunkKey("@root", 0)).images
     config = AmgConfig.from_dict(read_run(str(labels))["amg"])
     with pytest.raises(DamagedFile, match=r"candidate 0 of '0\.png': the images table says that there are fewer"):
-        read_candidates(str(labels), "@root", 0, images, COLUMNS, config)
+        read_candidates(str(labels), ChunkKey("@root", 0), images, COLUMNS, config)
 
 
 @pytest.mark.parametrize("table", ["images", "annotations"])

@@ -23,6 +23,7 @@ from tests.cocoeval import cocoeval_recall
 from tests.conftest import Labels, label, photo_bytes, read_labels, write_photos
 from tests.test_read import tar_bytes
 from transforms.recall import AREA_RANGES, MAX_PROPOSALS
+from transforms.write import ChunkKey
 
 SIZE = [48, 64]  # of the photos
 
@@ -563,7 +564,7 @@ def test_labels_whose_common_images_all_failed_fail(
 
 
 def name_of(image_id: str, file_name: str | None = None, sha256: str | None = None) -> ImageName:
-    return ImageName(image_id, file_name, sha256, ("shard", 0))
+    return ImageName(image_id, file_name, sha256, ChunkKey("shard", 0))
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,14 @@ def test_all_changes_are_named(claimed: Path) -> None:
         claim(claimed, describe("--exif", "ignore", "--chunk_size", "8"))
 
 
-def test_another_root_is_refused(claimed: Path) -> None:
-    with pytest.raises(UsageError, match="root was /data, now /elsewhere"):
-        claim(claimed, describe(root="/elsewhere"))
+def test_another_root_goes_on(claimed: Path) -> None:
+    claim(claimed, describe(root="/elsewhere"))
+
+
+def test_labels_of_a_newer_version_are_refused(claimed: Path) -> None:
+    (claimed / "run.json").write_text(json.dumps({**describe(), "format": 3}))
+    with pytest.raises(UsageError, match=r"was written by a newer maskbeam \(format 3, this one knows 2\)"):
+        claim(claimed, describe())
 
 
 def test_another_backend_is_refused(claimed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -301,21 +301,6 @@ def test_other_settings_are_refused_by_name(
     assert contents(output) == before
 
 
-def test_a_changed_input_ends_the_run_and_is_named(
-    photos: Path, output: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert label("--input", photos, "--output", output) == 0
-    before = contents(output)
-    num_bytes = sum(path.stat().st_size for path in photos.iterdir())
-    with (photos / "3.png").open("ab") as file:
-        file.write(b"more")
-    assert label("--input", photos, "--output", output) == 1
-    error = capsys.readouterr().err
-    assert f"{photos} changed since its chunk 0 was labeled" in error and "Traceback" not in error
-    assert f"was 6 files, {num_bytes} bytes, now it is 6 files, {num_bytes + 4} bytes" in error
-    assert contents(output) == before
-
-
 def test_overwrite_starts_anew_with_other_settings(photos: Path, output: Path, tmp_path: Path) -> None:
     assert label("--input", photos, "--output", output, "--chunk_size", "2") == 0
     assert label("--input", photos, "--output", output, "--points_per_side", "3", "--overwrite") == 0

@@ -14,7 +14,10 @@ PRODUCT = ("pipeline", "transforms")
 # Beam stages, and files on Beam's file systems. Every other module works on plain arrays, with or without Beam.
 VERBS = {
     f"transforms/{name}.py"
-    for name in ("match", "read", "resume", "segment", "write", "summary", "source", "labels", "cache", "s3", "photos")
+    for name in (
+        *("match", "read", "resume", "segment", "write", "summary", "source", "labels", "cache", "s3", "photos"),
+        *("manifest", "reconcile", "rewrite"),
+    )
 }
 MODEL = {f"transforms/{path.name}" for path in (ROOT / "transforms").glob("sam*.py")}
 

@@ -8,6 +8,7 @@ those is not read.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,15 +22,18 @@ from transforms.amg import AmgConfig
 from transforms.check_tables import check_annotations, check_candidates, check_images
 from transforms.coco import COCO_FIELD, category_ids
 from transforms.images import ImageConfig
+from transforms.manifest import newest, read_manifest
 from transforms.parquet_file import open_parquet, read_table
 from transforms.read import ReadConfig
 from transforms.records import DamagedFile
-from transforms.resume import committed_chunks
+from transforms.resume import list_tables
 from transforms.rle import MAX_PIXELS
 from transforms.schema import ANNOTATIONS, CANDIDATES, CATEGORY_OBJECT, IMAGES
 from transforms.strict_json import parse_json
-from transforms.summary import MAX_JSON_BYTES, read_json_bytes
-from transforms.write import ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR, RUN_FILE, chunk_name
+from transforms.summary import MAX_JSON_BYTES, SUMMARY_FILE, read_json, read_json_bytes
+from transforms.write import ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR, RUN_FILE, ChunkKey
+
+_log = logging.getLogger(__name__)
 
 _EXPECTED = "Expected the --output of `maskbeam label`, `refine` or `import`."
 _MADE_BY_US = {"root", "model_fingerprint", "amg"}
@@ -140,32 +144,52 @@ def _limits(labels: str, data: bytes) -> tuple[int, frozenset[int]]:
     return min(run.get("max_pixels", MAX_PIXELS), MAX_PIXELS), _category_ids(run)
 
 
-def list_chunks(labels: str) -> list[tuple[str, int]]:
-    """Shard and index of each committed chunk, in the order in which everything that reads labels goes through them.
+def list_chunks(labels: str) -> list[ChunkKey]:
+    """The committed chunks, in the order in which everything that reads labels goes through them.
+
+    Of a run that is not finished, a warning says so.
 
     Raises:
-      ValueError: there is none, or the directory is not one of ours.
+      ValueError: there is none, some that the summary counts are missing, or the directory is not one of ours.
     """
-    chunks = [(shard, index) for shard, indices in sorted(committed_chunks(labels).items()) for index in indices]
+    run = read_run(labels)
+    manifest = read_manifest(labels, run)
+    committed = list_tables(labels, (IMAGES_DIR, ANNOTATIONS_DIR)).committed()
+    chunks = newest(committed) if manifest is None else manifest.counting(committed)
     if not chunks:
-        read_run(labels)  # which tells better what is wrong with a directory that is none of ours
         raise ValueError(f"{labels} holds no finished chunk. Let `maskbeam label` run until it has committed some.")
+    gone = {shard.name for shard in manifest.gone} if manifest else set()
+    _check_complete(labels, sum(chunk.shard not in gone for chunk in chunks))
     return chunks
 
 
-def read_chunk(labels: str, shard: str, index: int) -> ChunkTables:
+def _check_complete(labels: str, num_chunks: int) -> None:
+    """Compares the chunks that are there with those that the summary counts."""
+    path = FileSystems.join(labels, SUMMARY_FILE)
+    if not FileSystems.exists(path):
+        _log.warning("%s is not finished: this is what it has so far. Run the command that makes it again.", labels)
+        return
+    expected = read_json(path).get("chunks") or 0
+    if num_chunks < expected:
+        raise ValueError(
+            f"{expected - num_chunks} of the {expected} chunks that {path} counts are missing in {labels}. Run the "
+            "command that made it again: it makes them anew."
+        )
+
+
+def read_chunk(labels: str, chunk: ChunkKey) -> ChunkTables:
     """The two tables of a committed chunk, checked.
 
     Raises:
       DamagedFile: a file is not what it should be; names it, and the row.
     """
     max_pixels, categories = _limits(labels, _read_run(labels))
-    name = chunk_name(shard, index)
+    name = chunk.file_name
     images = _read_checked_images(labels, name, max_pixels)
     with _reading(FileSystems.join(labels, ANNOTATIONS_DIR, name)) as file:
         annotations = _read_table(file, ANNOTATIONS)
         check_annotations(annotations, images, categories)
-    return ChunkTables(shard, index, images, annotations)
+    return ChunkTables(chunk.shard, chunk.index, images, annotations)
 
 
 def read_chunks(labels: str) -> Iterator[ChunkTables]:
@@ -175,30 +199,28 @@ def read_chunks(labels: str) -> Iterator[ChunkTables]:
       ValueError: there is none.
       DamagedFile: see read_chunk.
     """
-    for shard, index in list_chunks(labels):
-        yield read_chunk(labels, shard, index)
+    for chunk in list_chunks(labels):
+        yield read_chunk(labels, chunk)
 
 
-def read_image_ids(labels: str, chunks: list[tuple[str, int]]) -> Iterator[str]:
+def read_image_ids(labels: str, chunks: list[ChunkKey]) -> Iterator[str]:
     """The ids of all images of the chunks; see read_images."""
     for images in read_images(labels, chunks, ["image_id"]):
         yield from images["image_id"].to_pylist()
 
 
-def read_images(labels: str, chunks: list[tuple[str, int]], columns: list[str]) -> Iterator[pa.Table]:
+def read_images(labels: str, chunks: list[ChunkKey], columns: list[str]) -> Iterator[pa.Table]:
     """Columns of the images table of each chunk, of which the annotations are not read.
 
     Raises:
       DamagedFile: a file is not what it should be; names it, and the row.
     """
     max_pixels, _ = _limits(labels, _read_run(labels))
-    for shard, index in chunks:
-        yield _read_checked_images(labels, chunk_name(shard, index), max_pixels).select(columns)
+    for chunk in chunks:
+        yield _read_checked_images(labels, chunk.file_name, max_pixels).select(columns)
 
 
-def read_candidates(
-    labels: str, shard: str, index: int, images: pa.Table, columns: list[str], config: AmgConfig
-) -> pa.Table:
+def read_candidates(labels: str, chunk: ChunkKey, images: pa.Table, columns: list[str], config: AmgConfig) -> pa.Table:
     """Columns of the candidates of a committed chunk, checked; "segmentation.counts" is a part of one.
 
     Args:
@@ -208,7 +230,7 @@ def read_candidates(
     Raises:
       DamagedFile: the file is not there, or not what it should be; names it, and the row.
     """
-    with _reading(FileSystems.join(labels, CANDIDATES_DIR, chunk_name(shard, index))) as file:
+    with _reading(FileSystems.join(labels, CANDIDATES_DIR, chunk.file_name)) as file:
         candidates = read_table(file, CANDIDATES, columns)
         check_candidates(candidates, images, config)
     return candidates
