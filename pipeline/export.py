@@ -26,6 +26,7 @@ from transforms.formats import Overlap, YoloLoss, file_names, label_picture, sa1
 from transforms.labels import list_chunks, read_chunk, read_run
 from transforms.polygons import PolygonLoss
 from transforms.summary import read_json, replace_file, write_json
+from transforms.write import ChunkKey
 
 # What an export leaves in its directory: a list of its files, and what lies beside it.
 EXPORT_FILE = "export.json"
@@ -81,14 +82,14 @@ class Labels:
 
     Attributes:
       run: content of run.json.
-      chunks: shard and index of each.
+      chunks: all of them.
       images, masks: given so far.
       failures: of the first failed images, which are not given, having no masks and often no size.
     """
 
     directory: str
     run: dict[str, Any]
-    chunks: list[tuple[str, int]]
+    chunks: list[ChunkKey]
     images: int = 0
     masks: int = 0
     failed: int = 0
@@ -99,8 +100,8 @@ class Labels:
 
         Ids count all images, failed ones included, so that they stay when those are labeled after all.
         """
-        for shard, index in progress_bar(self.chunks, unit="chunk"):
-            for image, masks in read_chunk(self.directory, shard, index).rows():
+        for chunk in progress_bar(self.chunks, unit="chunk"):
+            for image, masks in read_chunk(self.directory, chunk).rows():
                 if image["status"] == "failed":
                     self.failed += 1
                     if self.failed <= _MAX_FAILURES_SHOWN:
@@ -173,7 +174,7 @@ def check_output(config: ExportConfig) -> None:
     if os.path.exists(output) and not os.path.isdir(output):
         raise ValueError(f"--output {output} is a file; --format {config.format} writes into a directory.")
     before = _earlier_export(Path(output))
-    if before and not config.overwrite:
+    if before and before.finished and not config.overwrite:
         raise ValueError(f"--output {output} holds an export already. Choose another directory, or --overwrite.")
     for entry in _ENTRIES[config.format]:
         if entry not in before.entries and os.path.lexists(os.path.join(output, entry)):
@@ -288,10 +289,12 @@ class EarlierExport:
     Attributes:
       entries: what belongs to it there, of _ENTRIES; none if there is no export.
       files: paths of its files, relative to the directory.
+      finished: False if it was cut off while its files were moved there: the same command may replace it.
     """
 
     entries: tuple[str, ...] = ()
     files: frozenset[str] = frozenset()
+    finished: bool = True
 
     def __bool__(self) -> bool:
         return bool(self.entries)
@@ -313,7 +316,7 @@ def _earlier_export(output: Path) -> EarlierExport:
         entries = tuple({*entries, *(name.split("/")[0] for name in files)})
         known = {entry for entries_of in _ENTRIES.values() for entry in entries_of}
         if known.issuperset(entries) and not any(".." in name.split("/") for name in files):
-            return EarlierExport(entries, files)
+            return EarlierExport(entries, files, not content.get("unfinished"))
     raise ValueError(
         f"{path} was not written by maskbeam, or by an earlier version. Delete that export yourself, or choose another "
         "--output."

@@ -27,7 +27,8 @@ def threads():
 labels, shard = sys.argv[1:]
 before = threads()
 for chunk in list_chunks(labels):
-    read_chunk(labels, *chunk), read_report(labels, *chunk), read_candidates(labels, *chunk, ["image_id"])
+    read_chunk(labels, chunk), read_report(labels, chunk.shard, chunk.index)
+    read_candidates(labels, chunk, ["image_id"])
 list(read_image_ids(labels, list_chunks(labels)))
 list(read_images(Shard("s", shard, "parquet", (SourceFile(shard, os.path.getsize(shard)),)), ReadConfig(), "/"))
 sys.exit(len(threads() - before))

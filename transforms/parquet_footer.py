@@ -1,18 +1,63 @@
-"""How deep a Parquet schema nests, told from the footer's bytes before Arrow reads them.
+"""What a Parquet file says of itself, read from its bytes before Arrow reads them, so that it cannot hurt.
 
 Arrow descends into nested columns by recursion, without a limit: a footer of a few hundred kilobytes with thousands of
-levels overflows the stack and ends the process (tried with pyarrow 25: 7,000 levels in a thread of 8 MiB).
+levels overflows the stack and ends the process (tried with pyarrow 25: 7,000 levels in a thread of 8 MiB). Asking it
+for a damaged file's columns ends the process, too. And it takes the memory for a page that the page's header asks for:
+a file of a few kilobytes may ask for gigabytes, whatever the sizes in its footer are.
 
-FileMetaData and SchemaElement are those of parquet-format's parquet.thrift, in Thrift's compact protocol
+FileMetaData, SchemaElement and PageHeader are those of parquet-format's parquet.thrift, in Thrift's compact protocol
 (thrift/doc/specs/thrift-compact-protocol.md).
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
 
-_SCHEMA = 2  # field of FileMetaData
-_NUM_CHILDREN = 5  # field of SchemaElement
+import pyarrow as pa
+
+# Fields of FileMetaData, SchemaElement, RowGroup and ColumnChunk.
+_SCHEMA, _ROW_GROUPS = 2, 4
+_NUM_CHILDREN = 5
+_COLUMNS, _NUM_ROWS = 1, 3
+_COLUMN_META_DATA = 3
+# Of ColumnMetaData.
+_TYPE, _PATH, _CODEC, _NUM_VALUES, _COMPRESSED_BYTES, _DATA_OFFSET, _DICTIONARY_OFFSET = 1, 3, 4, 5, 7, 9, 11
+_TEXT = 6  # the type of columns of byte arrays
+_CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
+# Of PageHeader, and of the headers of data pages (of two versions) in it.
+_PAGE_TYPE, _PAGE_BYTES, _PAGE_COMPRESSED_BYTES, _DATA_PAGE, _DATA_PAGE_V2 = 1, 2, 3, 5, 8
+_DICTIONARY_PAGE = 2  # the type of the page with the values to which others point
+_PAGE_VALUES = 1
+_PAGE_ENCODING = {_DATA_PAGE: 2, _DATA_PAGE_V2: 4}
+
+# An encoding of strings in which each may repeat most of the one before, so that they grow with the square of the page.
+_DELTA_BYTE_ARRAY = 7
+
+# Bytes that are read to find a page's header in; those with long statistics have more, up to Arrow's own limit.
+_HEADER_BYTES = (2**12, 2**24)
+
+# Thrift's structs within structs: more than Parquet has, and fewer than Python's stack takes.
+_MAX_STRUCTS = 64
+
+
+def read_footer(file: IO[bytes]) -> bytes:
+    """The serialized FileMetaData at the end of a Parquet file.
+
+    Raises:
+      ValueError: it is no Parquet file, or is cut.
+    """
+    # A file ends with: FileMetaData | its length, uint32 little endian | PAR1.
+    num_bytes = file.seek(0, io.SEEK_END)
+    file.seek(max(num_bytes - 8, 0))
+    tail = file.read(8)
+    footer_bytes = int.from_bytes(tail[:4], "little")
+    if tail[4:] != b"PAR1" or footer_bytes > num_bytes - 8:
+        raise ValueError("it is no Parquet file, or its end is missing")
+    file.seek(num_bytes - 8 - footer_bytes)
+    return file.read(footer_bytes)
 
 
 def schema_depth(footer: bytes) -> int:
@@ -40,6 +85,121 @@ def schema_depth(footer: bytes) -> int:
                 groups.pop()
         return depth
     return depth
+
+
+@dataclass(frozen=True)
+class ColumnChunk:
+    """One column of one row group, as the footer has it.
+
+    Attributes:
+      path: names of the column and of its parts, as in ("segmentation", "counts").
+      num_values: at the lowest level.
+      start, num_bytes: where its pages lie in the file, compressed.
+      text: whether its values are byte arrays.
+      codec: of the compression, None without one.
+    """
+
+    path: tuple[str, ...]
+    num_values: int
+    start: int
+    num_bytes: int
+    text: bool = False
+    codec: str | None = None
+
+
+def column_chunks(footer: bytes) -> Iterator[ColumnChunk]:
+    """The column chunks of all row groups of a serialized FileMetaData.
+
+    Raises:
+      ValueError, IndexError: the bytes are no FileMetaData, or its numbers of rows and values contradict each other.
+    """
+    values = _CompactValues(footer)
+    for number, kind in values.fields():
+        if number != _ROW_GROUPS:
+            values.skip(kind)
+            continue
+        for _ in range(values.list_size()):
+            yield from values.row_group()
+
+
+@dataclass(frozen=True)
+class Inflated:
+    """What a column chunk becomes, by its pages' headers.
+
+    Attributes:
+      num_bytes: of its pages, decompressed.
+      num_values: in them.
+      dictionary: place, compressed and decompressed bytes of the page with the values to which others point.
+    """
+
+    num_bytes: int
+    num_values: int
+    dictionary: tuple[int, int, int] | None = None
+
+
+def inflate(file: IO[bytes], column: ColumnChunk) -> Inflated:
+    """Reads the headers of a column chunk's pages.
+
+    Raises:
+      ValueError, IndexError: a header is damaged, or an encoding may inflate without bound.
+    """
+    num_bytes = num_values = 0
+    dictionary = None
+    place, end = column.start, column.start + column.num_bytes
+    while num_values < column.num_values and place < end:
+        page = _read_page(file, place)
+        if page.num_bytes < 0 or page.compressed_bytes < 0 or page.num_values < 0 or page.encoding == _DELTA_BYTE_ARRAY:
+            raise ValueError(f"the page at byte {place} has negative sizes, or an encoding that no reader here takes")
+        num_bytes, num_values = num_bytes + page.num_bytes, num_values + page.num_values
+        if page.kind == _DICTIONARY_PAGE:
+            dictionary = (place + page.header_bytes, page.compressed_bytes, page.num_bytes)
+        place += page.header_bytes + page.compressed_bytes
+    if num_values != column.num_values:
+        raise ValueError(f"the pages have {num_values} values; its footer says {column.num_values}")
+    return Inflated(num_bytes, num_values, dictionary)
+
+
+def longest_text(file: IO[bytes], column: ColumnChunk, inflated: Inflated) -> int:
+    """Bytes of the longest text in a column chunk's dictionary: any row may point to it. 0 without a dictionary.
+
+    Raises:
+      ValueError: it cannot be decompressed.
+    """
+    if not column.text or inflated.dictionary is None:
+        return 0
+    start, compressed_bytes, num_bytes = inflated.dictionary
+    file.seek(start)
+    data = file.read(compressed_bytes)
+    if column.codec is not None:
+        data = pa.Codec(column.codec).decompress(data, num_bytes, asbytes=True)
+    longest = place = 0
+    while place + 4 <= len(data):  # of each text its length, uint32 little endian, and itself
+        length = int.from_bytes(data[place : place + 4], "little")
+        longest, place = max(longest, length), place + 4 + length
+    return longest
+
+
+@dataclass(frozen=True)
+class _Page:
+    kind: int
+    header_bytes: int
+    num_bytes: int
+    compressed_bytes: int
+    num_values: int
+    encoding: int
+
+
+def _read_page(file: IO[bytes], place: int) -> _Page:
+    """The header of a page; a dictionary counts as no values."""
+    for most in _HEADER_BYTES:
+        file.seek(place)
+        data = file.read(most)
+        try:
+            return _CompactValues(data).page()
+        except IndexError:
+            if len(data) < most or most == _HEADER_BYTES[-1]:
+                raise
+    raise AssertionError("the last try raises")
 
 
 class _CompactValues:
@@ -88,8 +248,76 @@ class _CompactValues:
                 self.skip(kind)
         return children
 
-    def skip(self, kind: int) -> None:
-        """Skips a field's value of a type that comes before or within the schema."""
+    def row_group(self) -> list[ColumnChunk]:
+        """Reads a RowGroup."""
+        columns: list[ColumnChunk] = []
+        num_rows = -1
+        for number, kind in self.fields():
+            if number == _COLUMNS:
+                columns = [self._column_chunk() for _ in range(self.list_size())]
+            elif number == _NUM_ROWS:
+                num_rows = self._integer()
+            else:
+                self.skip(kind)
+        if any(not 0 <= num_rows <= column.num_values for column in columns):
+            raise ValueError(f"a group of {num_rows} rows has columns of fewer values")
+        return columns
+
+    def _column_chunk(self) -> ColumnChunk:
+        path: tuple[str, ...] = ()
+        found: dict[int, int] = {}
+        for number, kind in self.fields():
+            if number != _COLUMN_META_DATA:
+                self.skip(kind)
+                continue
+            for field, inner in self.fields():
+                if field == _PATH:
+                    path = tuple(self._text() for _ in range(self.list_size()))
+                elif inner in (4, 5, 6):
+                    found[field] = self._integer()
+                else:
+                    self.skip(inner)
+        data, dictionary = found.get(_DATA_OFFSET, -1), found.get(_DICTIONARY_OFFSET, 0)
+        start = dictionary if 0 < dictionary < data else data
+        codec = found.get(_CODEC, 0)
+        if codec and codec not in _CODECS:
+            raise ValueError(f"the column {'.'.join(path)} has a compression that is not read here")
+        num_values, num_bytes = found.get(_NUM_VALUES, -1), found.get(_COMPRESSED_BYTES, -1)
+        column = ColumnChunk(path, num_values, start, num_bytes, found.get(_TYPE) == _TEXT, _CODECS.get(codec))
+        if min(column.num_values, column.start, column.num_bytes) < 0:
+            raise ValueError(f"the column {'.'.join(path)} has no place in the file")
+        return column
+
+    def page(self) -> _Page:
+        """Reads a PageHeader."""
+        sizes = {_PAGE_TYPE: -1, _PAGE_BYTES: -1, _PAGE_COMPRESSED_BYTES: -1}
+        num_values, encoding = 0, -1
+        for number, kind in self.fields():
+            if number in sizes:
+                sizes[number] = self._integer()
+            elif number in _PAGE_ENCODING:
+                for field, inner in self.fields():
+                    if field == _PAGE_VALUES:
+                        num_values = self._integer()
+                    elif field == _PAGE_ENCODING[number]:
+                        encoding = self._integer()
+                    else:
+                        self.skip(inner)
+            else:
+                self.skip(kind)
+        return _Page(
+            sizes[_PAGE_TYPE], self._place, sizes[_PAGE_BYTES], sizes[_PAGE_COMPRESSED_BYTES], num_values, encoding
+        )
+
+    def _text(self) -> str:
+        num_bytes = self._varint()
+        self._place += num_bytes
+        return self._data[self._place - num_bytes : self._place].decode("utf-8", "backslashreplace")
+
+    def skip(self, kind: int, depth: int = 0) -> None:
+        """Skips a field's value."""
+        if depth > _MAX_STRUCTS:
+            raise ValueError(f"values nest more than {_MAX_STRUCTS} levels deep")
         if kind in (1, 2):  # true, false
             return
         if kind == 3:  # a byte
@@ -101,8 +329,15 @@ class _CompactValues:
         elif kind == 8:  # a string
             num_bytes = self._varint()
             self._place += num_bytes
+        elif kind in (9, 10):  # a list, a set
+            header = self._byte()
+            size = self._varint() if header >> 4 == 15 else header >> 4
+            for _ in range(size):
+                self.skip(3 if header & 15 in (1, 2) else header & 15, depth + 1)
+                if self._place > len(self._data):
+                    raise IndexError("a list that is longer than the data")
         elif kind == 12:  # a struct
             for _, inner in self.fields():
-                self.skip(inner)
+                self.skip(inner, depth + 1)
         else:
-            raise ValueError(f"a value of type {kind}, which a schema does not have")
+            raise ValueError(f"a value of type {kind}, which Parquet's own structs do not have")
