@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.conftest import label
+from transforms import parquet_file
+from transforms.parquet_file import check_pages
+from transforms.parquet_footer import ColumnChunk, read_page_header, read_row_groups
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,3 +81,80 @@ def test_commands_that_read_labels_end_with_their_own_exit_code(labels: Path, tm
 
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(run, range(16))) == [(0, "")] * 16
+
+
+# Pages.
+
+
+def file_of(columns: dict[str, Any], **options: Any) -> io.BytesIO:
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file, **options)
+    return file
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"compression": "zstd", "use_dictionary": False},
+    {"compression": "gzip", "data_page_version": "2.0"},
+    {"compression": "none", "row_group_size": 7},
+    {"write_page_index": True, "write_page_checksum": True},
+    {"data_page_size": 1000, "write_batch_size": 2, "max_rows_per_page": 2},
+]
+IMAGES = [np.random.default_rng(number).bytes(3000) for number in range(30)]
+COLUMNS = {
+    "image": [{"bytes": image, "path": "p", "boxes": [1, 2]} for image in IMAGES],
+    "none": pa.nulls(30, pa.string()),
+    "number": range(30),
+    "truth": [True] * 30,
+}
+
+
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
+def test_columns_and_pages_are_found_where_arrow_finds_them(options: dict[str, Any]) -> None:
+    file = file_of(COLUMNS, **options)
+    metadata = pq.ParquetFile(file).metadata
+    footer_bytes = int.from_bytes(file.getvalue()[-8:-4], "little")
+    groups = list(read_row_groups(file.getvalue()[-8 - footer_bytes : -8]))
+    assert len(groups) == metadata.num_row_groups
+    for index, group in enumerate(groups):
+        for number, chunk in enumerate(group):
+            column = metadata.row_group(index).column(number)
+            start = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+            assert chunk == ColumnChunk(column.path_in_schema, start, column.total_compressed_size, column.num_values)
+            pages, place = [], chunk.start
+            while place < chunk.start + chunk.num_bytes:
+                pages.append(read_page_header(file.getvalue()[place:]))
+                place += pages[-1].header_bytes + pages[-1].num_bytes
+            assert place == chunk.start + chunk.num_bytes
+            assert sum(page.num_values for page in pages if not page.is_dictionary) == chunk.num_values
+            assert sum(page.header_bytes + page.inflated_bytes for page in pages) == column.total_uncompressed_size
+    check_pages(file, {"image.bytes", "image.path", "image.boxes.list.element", "none", "number", "truth"})
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+@pytest.mark.parametrize("compression", ["zstd", "gzip", "brotli", "lz4", "snappy"])
+def test_a_page_that_inflates_is_refused_by_its_header(
+    compression: str, dictionary: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = file_of({"image": [bytes(10**6)], "other": ["x"]}, compression=compression, use_dictionary=dictionary)
+    monkeypatch.setattr(parquet_file, "FREE_PAGE_BYTES", 10**5)
+    with pytest.raises(ValueError, match=r"row group 0 inflate from \d+ to 10\d{5} bytes: a decompression bomb"):
+        check_pages(file, {"image"})
+    check_pages(file, {"other"})
+    monkeypatch.setattr(parquet_file, "FREE_PAGE_BYTES", 11 * 10**5)
+    check_pages(file, {"image"})
+
+
+def test_images_that_do_not_compress_may_fill_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_file, "FREE_PAGE_BYTES", 0)
+    check_pages(file_of({"image": IMAGES}), {"image"})
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4))
+def test_damage_is_a_sentence(changes: list[tuple[float, int]]) -> None:
+    data = bytearray(file_of({"image": IMAGES[:3]}).getvalue())
+    for place, value in changes:
+        data[int(place * (len(data) - 1))] = value
+    with contextlib.suppress(ValueError):
+        check_pages(io.BytesIO(data), {"image"})
