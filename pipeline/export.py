@@ -8,12 +8,12 @@ import os
 import shutil
 import sys
 import tempfile
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from PIL import Image
 
@@ -26,10 +26,14 @@ from transforms.formats import Overlap, YoloLoss, file_names, label_picture, sa1
 from transforms.labels import list_chunks, read_chunk, read_run
 from transforms.polygons import PolygonLoss
 from transforms.summary import read_json, replace_file, write_json
-from transforms.write import TEMPORARY_DIR
 
-# What an export leaves in its directory: the mark that it is there, written last, and what lies beside it.
+# What an export leaves in its directory: a list of its files, and what lies beside it.
 EXPORT_FILE = "export.json"
+_STAGING_PREFIX = ".maskbeam-export-"
+
+# How a COCO file that an export wrote begins. Other readers leave a key that they do not know alone.
+_COCO_MARK = b'{"exported_by": "maskbeam",'
+
 _ENTRIES = {"sa1b": ("annotations",), "yolo": ("labels", "data.yaml"), "png": ("masks",)}
 
 _DESCRIPTION = "Writes labels in the format of another tool."
@@ -48,7 +52,7 @@ class ExportConfig:
       output: a file for coco, on any Beam file system; a local directory for the others.
       polygons: write polygons instead of RLE, for tools that need them (coco only). They fill holes; how much that
         changes is printed.
-      overwrite: delete what an earlier export left in output and start anew.
+      overwrite: replace the files that an earlier export wrote to output; no others are touched.
     """
 
     labels: str
@@ -162,36 +166,39 @@ def check_output(config: ExportConfig) -> None:
     """
     output = config.output
     if config.format == "coco":
-        if FileSystems.get_scheme(output) is None and os.path.isdir(output):
-            raise ValueError(
-                f"--output {output} is a directory; --format coco writes a file, such as {output}/coco.json."
-            )
-        if not config.overwrite and FileSystems.exists(output):
-            raise ValueError(f"--output {output} exists. Choose another file, or --overwrite it.")
+        _check_coco_output(output, config.overwrite)
         return
     if FileSystems.get_scheme(output) is not None:
         raise ValueError(f"--output {output} is not local; --format {config.format} writes into a local directory.")
     if os.path.exists(output) and not os.path.isdir(output):
         raise ValueError(f"--output {output} is a file; --format {config.format} writes into a directory.")
-    before = _earlier_entries(output)
+    before = _earlier_export(Path(output))
     if before and not config.overwrite:
         raise ValueError(f"--output {output} holds an export already. Choose another directory, or --overwrite.")
-    for entry in (*_ENTRIES[config.format], TEMPORARY_DIR):
-        if entry not in (*before, TEMPORARY_DIR) and os.path.lexists(os.path.join(output, entry)):
+    for entry in _ENTRIES[config.format]:
+        if entry not in before.entries and os.path.lexists(os.path.join(output, entry)):
             raise ValueError(
                 f"--output {output} already has {entry}, which no export made (no {EXPORT_FILE} says so). Choose "
                 "another directory."
             )
 
 
-def _earlier_entries(output: str) -> tuple[str, ...]:
-    """What the export that lies in a directory is made of; nothing if there is none."""
-    path = os.path.join(output, EXPORT_FILE)
-    if not os.path.lexists(path):
-        return ()
-    with contextlib.suppress(ValueError, OSError, TypeError, KeyError):
-        return _ENTRIES[read_json(path)["format"]]
-    raise ValueError(f"{path} was not written by maskbeam. Choose another --output.")
+def _check_coco_output(output: str, overwrite: bool) -> None:
+    is_directory = FileSystems.get_scheme(output) is None and os.path.isdir(output)
+    if output.endswith("/") or is_directory:
+        raise ValueError(
+            f"--output {output} is a directory; --format coco writes a file, such as {output.rstrip('/')}/coco.json."
+        )
+    if not FileSystems.exists(output):
+        return
+    if not overwrite:
+        raise ValueError(f"--output {output} exists. Choose another file, or --overwrite it.")
+    with FileSystems.open(output, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+        if file.read(len(_COCO_MARK)) != _COCO_MARK:
+            raise ValueError(
+                f"--output {output} was not written by `maskbeam export` (it does not begin with its mark), so "
+                "--overwrite leaves it alone. Choose another file, or delete it yourself."
+            )
 
 
 # COCO.
@@ -201,7 +208,7 @@ def _export_coco(labels: Labels, config: ExportConfig) -> str:
     """The file has one record a line; annotations come first, since they need not wait for anything."""
     loss = PolygonLoss()
     with replace_file(config.output) as file, tempfile.TemporaryFile() as images:
-        file.write(b'{"annotations": [')
+        file.write(_COCO_MARK + b'\n"annotations": [')
         number = 0
         for image, masks in labels:
             images.write((b",\n" if images.tell() else b"\n") + _json_line(image))
@@ -216,6 +223,7 @@ def _export_coco(labels: Labels, config: ExportConfig) -> str:
         shutil.copyfileobj(images, file)
         file.write(b"\n]")
         about = {"info": _about(labels.run), **labels.run.get("coco", {}), "categories": labels.categories}
+        about.pop("exported_by", None)  # of labels that were exported and imported again
         for key, value in about.items():
             file.write(b",\n" + _json_line(key) + b": " + _json_line(value))
         file.write(b"\n}\n")
@@ -273,41 +281,112 @@ class Files:
         return f"{len(self.renamed)} files have other names than their images, all in {EXPORT_FILE}: {some}"
 
 
+@dataclass(frozen=True)
+class EarlierExport:
+    """What an export left in a directory.
+
+    Attributes:
+      entries: what belongs to it there, of _ENTRIES; none if there is no export.
+      files: paths of its files, relative to the directory.
+    """
+
+    entries: tuple[str, ...] = ()
+    files: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+
+def _earlier_export(output: Path) -> EarlierExport:
+    """Reads what an export left.
+
+    Raises:
+      ValueError: export.json is not one of ours.
+    """
+    path = output / EXPORT_FILE
+    if not os.path.lexists(path):
+        return EarlierExport()
+    with contextlib.suppress(ValueError, OSError, TypeError, KeyError, AttributeError):
+        content = read_json(str(path))
+        entries, files = _ENTRIES[content["format"]], frozenset(content["files"])
+        # One that was cut off while it replaced another format has files of both.
+        entries = tuple({*entries, *(name.split("/")[0] for name in files)})
+        known = {entry for entries_of in _ENTRIES.values() for entry in entries_of}
+        if known.issuperset(entries) and not any(".." in name.split("/") for name in files):
+            return EarlierExport(entries, files)
+    raise ValueError(
+        f"{path} was not written by maskbeam, or by an earlier version. Delete that export yourself, or choose another "
+        "--output."
+    )
+
+
 @contextlib.contextmanager
 def _new_files(labels: Labels, config: ExportConfig) -> Iterator[Files]:
-    """Where the files of an export are written; at the end they replace those of an earlier one."""
+    """Where the files of an export are written; at the end they replace those of an earlier one, and no others."""
     output = Path(config.output)
-    staging = output / TEMPORARY_DIR / uuid.uuid4().hex
-    staging.mkdir(parents=True)
-    entries = _ENTRIES[config.format]
+    output.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=output))
     try:
         files = Files(staging)
-        for entry in entries:
+        for entry in _ENTRIES[config.format]:
             if "." not in entry:
                 (staging / entry).mkdir()
         yield files
-        before = _earlier_entries(config.output)
-        (output / EXPORT_FILE).unlink(missing_ok=True)
-        for entry in before:
-            if (output / entry).is_dir():
-                shutil.rmtree(output / entry)
-            else:
-                (output / entry).unlink(missing_ok=True)
-        for entry in entries:
-            (staging / entry).rename(output / entry)
-        write_json(
-            str(output / EXPORT_FILE),
-            {
-                "format": config.format,
-                "labels": config.labels,
-                "images": labels.images,
-                "masks": labels.masks,
-                "failed_images": labels.failed,
-                "renamed": files.renamed,
-            },
-        )
+        about = {
+            "format": config.format,
+            "labels": config.labels,
+            "images": labels.images,
+            "masks": labels.masks,
+            "failed_images": labels.failed,
+            "renamed": files.renamed,
+        }
+        _publish(staging, output, about)
     finally:
-        shutil.rmtree(output / TEMPORARY_DIR, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _publish(staging: Path, output: Path, about: dict[str, Any]) -> None:
+    """Moves an export to its directory, after deleting the files of an earlier one.
+
+    First export.json names the files of both: whatever ends this, the next export knows what may go.
+
+    Raises:
+      ValueError: a file that no export wrote is in the way.
+    """
+    before = _earlier_export(output)
+    folders, names = _walk(staging)
+    for name in names:
+        if name not in before.files and os.path.lexists(output / name):
+            raise ValueError(f"{output / name} is in the way, and no export wrote it. Move it, and export again.")
+    both = {"format": about["format"], "unfinished": True, "files": sorted({*names, *before.files})}
+    write_json(str(output / EXPORT_FILE), both)
+    _delete_export(output, before)
+    for folder in folders:
+        (output / folder).mkdir(exist_ok=True)
+    for name in names:
+        (staging / name).rename(output / name)
+    write_json(str(output / EXPORT_FILE), {**about, "files": names})
+
+
+def _walk(directory: Path) -> tuple[list[str], list[str]]:
+    """The folders and the files below a directory, by their paths there; a folder comes before what is in it."""
+    paths = sorted(directory.rglob("*"))
+    folders = [path.relative_to(directory).as_posix() for path in paths if path.is_dir()]
+    return folders, [path.relative_to(directory).as_posix() for path in paths if not path.is_dir()]
+
+
+def _delete_export(output: Path, export: EarlierExport) -> None:
+    """Deletes the files of an export, and the folders that are empty without them. Links lead to what others made."""
+    parents = {Path(name).parent for name in export.files}
+    ours = {parent for parent in parents if (output / parent).resolve() == output.resolve() / parent}
+    for name in export.files:
+        if Path(name).parent in ours:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                (output / name).unlink()
+    folders = {output / folder for parent in ours for folder in (parent, *parent.parents)} - {output}
+    for folder in sorted(folders, reverse=True):  # what is in a folder comes before it
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
 
 
 def _export_sa1b(labels: Labels, config: ExportConfig) -> str:

@@ -29,11 +29,10 @@ from transforms.write import (
     IMAGES_DIR,
     RUN_FILE,
     TEMPORARY_DIR,
+    delete_chunks,
     delete_file,
-    delete_files,
-    delete_tree,
+    delete_temporary,
     list_tree,
-    parse_chunk_name,
 )
 
 _TABLE_DIRS = (ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR)
@@ -183,10 +182,8 @@ def _read_run(path: str) -> dict[str, Any]:
 
 def _delete_labels(output: str) -> None:
     """Deletes what a run of ours leaves in its output, and nothing else."""
-    for directory in reversed(_TABLE_DIRS):  # images first: a chunk is one as long as it has its images file
-        files = list_tree(FileSystems.join(output, directory))
-        delete_files([file for file in files if parse_chunk_name(FileSystems.split(file)[1])])
-    delete_tree(FileSystems.join(output, TEMPORARY_DIR))
+    delete_chunks(output)
+    delete_temporary(output)
     delete_file(FileSystems.join(output, SUMMARY_FILE))
 
 

@@ -7,8 +7,10 @@ test_formats and, with real files, here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from pipeline import cli
+from pipeline import export as export_module
 from tests.conftest import Labels, label, photo_bytes, read_labels, write_photos
 from tests.test_import import DISC, rle_of, run_import
 from tests.test_read import tar_bytes
@@ -330,12 +333,156 @@ def test_an_existing_file_is_kept_unless_overwrite_is_given(
     labeled: Labeled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "coco.json"
-    path.write_text("mine")
-    assert export(labeled.directory, "coco", path) == 2 and path.read_text() == "mine"
+    assert export(labeled.directory, "coco", path) == 0
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])  # cut
+    assert export(labeled.directory, "coco", path) == 2 and path.read_bytes() == whole[:1000]
     assert "exists" in capsys.readouterr().err
-    assert export(labeled.directory, "coco", path, "--overwrite") == 0 and quiet_coco(path).anns
+    assert export(labeled.directory, "coco", path, "--overwrite") == 0 and path.read_bytes() == whole
     assert export(labeled.directory, "coco", tmp_path) == 2
     assert "is a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["mine", "", '{"images": [], "annotations": [], "categories": []}'])
+def test_overwrite_leaves_files_alone_that_no_export_wrote(
+    labeled: Labeled, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    path = tmp_path / "coco.json"
+    path.write_text(content)
+    assert export(labeled.directory, "coco", path, "--overwrite") == 2
+    assert "was not written by `maskbeam export`" in capsys.readouterr().err and path.read_text() == content
+    assert files_below(tmp_path) == {"coco.json"}
+
+
+def test_overwrite_leaves_the_labels_own_run_json_alone(labeled: Labeled) -> None:
+    run = labeled.directory / "run.json"
+    before = run.read_bytes()
+    assert export(labeled.directory, "coco", run, "--overwrite") == 2
+    assert run.read_bytes() == before
+
+
+def test_a_path_that_ends_in_a_slash_is_no_file(
+    labeled: Labeled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = f"{tmp_path}/new/"
+    assert cli.main(["export", "--labels", str(labeled.directory), "--format", "coco", "--output", output]) == 2
+    told = capsys.readouterr().err
+    assert f"--output {output} is a directory; --format coco writes a file, such as {output}coco.json." in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def tree(directory: Path) -> dict[str, bytes | str | None]:
+    """All that lies below a directory: the content of files, where links lead to, None for folders."""
+    found: dict[str, bytes | str | None] = {}
+    for path in directory.rglob("*"):
+        content = os.readlink(path) if path.is_symlink() else None if path.is_dir() else path.read_bytes()
+        found[path.relative_to(directory).as_posix()] = content
+    return found
+
+
+ENTRY = {"sa1b": "annotations", "yolo": "labels", "png": "masks"}
+
+
+def add_neighbors(output: Path, entry: str) -> dict[str, bytes | str | None]:
+    """Puts other people's files wherever an export might delete something; returns them."""
+    neighbors: dict[str, bytes | str | None] = {}
+    for name in ("_tmp/mine.txt", "old/export.json", f"{entry}/notes.txt", f"{entry}/train/a/0.txt", f"{entry}/0.bak"):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("mine")
+        neighbors[name] = b"mine"
+    (output / "linked").symlink_to(output.parent)
+    return {**neighbors, "linked": str(output.parent), f"{entry}/train/a": None, "_tmp": None, "old": None}
+
+
+@pytest.mark.parametrize("form", list(ENTRY))
+def test_overwrite_deletes_what_an_export_wrote_and_leaves_its_neighbors(
+    labeled: Labeled, tmp_path: Path, form: str
+) -> None:
+    output = tmp_path / "out"
+    assert export(labeled.directory, form, output) == 0
+    fresh = tree(output)
+    neighbors = add_neighbors(output, ENTRY[form])
+    assert export(labeled.directory, form, output, "--overwrite") == 0
+    assert tree(output) == {**fresh, **neighbors}
+    # Another format: what is left of the first are the folders that others use, too.
+    other = "png" if form == "yolo" else "yolo"
+    assert export(labeled.directory, other, output, "--overwrite") == 0
+    assert export(labeled.directory, other, tmp_path / "other") == 0
+    folders = {ENTRY[form]: None, f"{ENTRY[form]}/train": None}
+    expected = {**tree(tmp_path / "other"), **neighbors, **folders}
+    assert tree(output) == expected
+
+
+@pytest.mark.parametrize("form", list(ENTRY))
+def test_a_failed_export_leaves_everything_as_it_was(
+    labeled: Labeled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    output = tmp_path / "out"
+    assert export(labeled.directory, form, output) == 0
+    add_neighbors(output, ENTRY[form])
+    before = tree(output)
+    create = export_module.Files.create
+
+    def fail(self: Any, folder: str, image: dict[str, Any], extension: str) -> Any:
+        if image["file_name"] == "black.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return create(self, folder, image, extension)
+
+    monkeypatch.setattr(export_module.Files, "create", fail)
+    assert export(labeled.directory, form, output, "--overwrite") == 1
+    assert tree(output) == before
+    monkeypatch.undo()
+    assert export(labeled.directory, form, output, "--overwrite") == 0
+    assert tree(output) == before
+
+
+def test_a_file_in_the_way_is_told_before_anything_is_deleted(
+    labeled: Labeled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The earlier export had fewer images."""
+    output = tmp_path / "out"
+    assert export(imported(tmp_path, [], ["0.png"]), "yolo", output) == 0
+    (output / "labels/1.txt").write_text("mine")
+    before = tree(output)
+    assert export(labeled.directory, "yolo", output, "--overwrite") == 1
+    assert f"{output}/labels/1.txt is in the way, and no export wrote it" in capsys.readouterr().err
+    assert tree(output) == before
+
+
+@pytest.mark.parametrize("step", range(1, 16))
+def test_an_export_killed_at_any_step_is_replaced_by_the_next(
+    labeled: Labeled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """The steps are those in which files are moved and deleted; a kill runs no clean-up."""
+    output = tmp_path / "out"
+    assert export(labeled.directory, "yolo", output) == 0
+    neighbors = add_neighbors(output, "labels")
+    steps = 0
+
+    class Killed(BaseException):
+        pass
+
+    def killing(real: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps >= step:
+                raise Killed
+            return real(*arguments, **options)
+
+        return call
+
+    for name in ("unlink", "rename", "rmdir"):
+        monkeypatch.setattr(Path, name, killing(getattr(Path, name)))
+    monkeypatch.setattr(export_module, "write_json", killing(export_module.write_json))
+    monkeypatch.setattr(export_module.shutil, "rmtree", killing(lambda *arguments, **options: None))
+    with pytest.raises(Killed):
+        export(labeled.directory, "png", output, "--overwrite")
+    monkeypatch.undo()
+    assert export(labeled.directory, "png", output, "--overwrite") == 0
+    assert export(labeled.directory, "png", tmp_path / "other") == 0
+    left = {name: content for name, content in tree(output).items() if not name.startswith(".maskbeam-export-")}
+    assert left == {**tree(tmp_path / "other"), **neighbors, "labels": None, "labels/train": None}
 
 
 def test_overwrite_replaces_an_export_and_nothing_else(

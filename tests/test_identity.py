@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.identity import claim_output, describe_run, model_fingerprint, refuse_input_in_output
 from pipeline.options import UsageError, parse_label
+from tests.conftest import label
+from tests.memory_store import STORE
 from transforms.embedded import resolve_preset
 from transforms.records import Shard
 
@@ -144,12 +149,69 @@ def files(output: Path) -> set[str]:
     return {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
 
 
-def test_overwrite_deletes_our_files_and_nothing_else(claimed: Path) -> None:
-    fill(claimed, "images/mine.jpg", "annotations/merged.parquet", "_tmp/x", "masks.png", "notes/n.txt", "summary.json")
-    fill(claimed, "candidates/a.tar-00000.parquet")
-    claim(claimed, describe("--chunk_size", "8"), overwrite=True)
-    assert files(claimed) == {"run.json", "images/mine.jpg", "annotations/merged.parquet", "masks.png", "notes/n.txt"}
-    assert json.loads((claimed / "run.json").read_text())["chunk_size"] == 8
+NEW_START = f"{0:032x}.start.json"
+TEMPORARY = f"{0:032x}-images-a.tar-00000.parquet"
+
+# Other people's files where labels lie, with names like ours.
+NEIGHBORS = [
+    *("images/mine.jpg", "annotations/merged.parquet", "annotations/old/@root-00000.parquet", "images/notes-1.parquet"),
+    *("candidates/mine-00000.parquet", "masks.png", "notes/n.txt", "old/annotations/@root-00000.parquet"),
+    *("_tmp/x", "_tmp/deep/" + TEMPORARY, "_tmp/0-images-a.tar-00000.parquet", "_tmp/start.json"),
+]
+OURS = ["_tmp/" + TEMPORARY, "_tmp/" + NEW_START]
+
+
+def foreign_parquet() -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"a": [1]}, metadata={"mine": "yes"}), buffer)
+    return buffer.getvalue()
+
+
+def neighbor_content(name: str) -> bytes:
+    return foreign_parquet() if name.endswith(".parquet") else b"mine"
+
+
+def test_overwrite_deletes_our_files_and_nothing_else(photos: Path, output: Path) -> None:
+    """The whole tree, before and after."""
+    assert label("--input", photos, "--output", output, "--keep_candidates", "--chunk_size", "2") == 0
+    for name in (*NEIGHBORS, *OURS):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_bytes(neighbor_content(name))
+    (output / "annotations/@root-00001.parquet").write_bytes(b"")  # damaged, but its chunk is ours
+    (output / "images/linked-00000.parquet").symlink_to(photos / "0.png")
+    claim(output, describe("--chunk_size", "8"), overwrite=True)
+    left = {name: (output / name).read_bytes() for name in files(output)}
+    run = left.pop("run.json")
+    assert json.loads(run)["chunk_size"] == 8
+    assert left == {
+        "images/linked-00000.parquet": (photos / "0.png").read_bytes(),
+        **{name: neighbor_content(name) for name in NEIGHBORS},
+    }
+
+
+def test_overwrite_deletes_our_objects_and_nothing_else(photos: Path) -> None:
+    STORE.reset()
+    output = "mem://bucket/labels"
+    assert label("--input", photos, "--output", output, "--chunk_size", "2") == 0
+    neighbors = [*NEIGHBORS, "../labels2/images/@root-00000.parquet", "../labels2/_tmp/" + TEMPORARY]
+    for name in (*neighbors, *OURS):
+        STORE.put(f"{output}/{name}".replace("labels/../", ""), neighbor_content(name))
+    STORE.put(f"{output}/images/@root-00001.parquet", b"damaged")
+    claim_output(output, describe("--chunk_size", "8"), overwrite=True)
+    left = dict(STORE.objects)
+    assert json.loads(left.pop(f"{output}/run.json"))["chunk_size"] == 8
+    assert left == {f"{output}/{name}".replace("labels/../", ""): neighbor_content(name) for name in neighbors}
+    STORE.reset()
+
+
+def test_a_run_that_ends_well_deletes_its_temporary_files_and_nothing_else(photos: Path, output: Path) -> None:
+    assert label("--input", photos, "--output", output, "--limit", "2") == 0
+    fill(output, "_tmp/mine", "_tmp/" + TEMPORARY)
+    assert label("--input", photos, "--output", output, "--limit", "2") == 0
+    assert [path.name for path in (output / "_tmp").iterdir()] == ["mine"]
+    (output / "_tmp/mine").unlink()
+    assert label("--input", photos, "--output", output, "--limit", "2") == 0
+    assert not (output / "_tmp").exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -195,6 +195,7 @@ def test_the_round_trip_loses_nothing_of_rle(dataset: dict[str, Any]) -> None:
         assert run_import(directory / "in.json", directory / "labels") == 0
         again = export(directory / "labels", directory / "out.json")
     assert {key: value for key, value in again.items() if key != "annotations"} == {
+        "exported_by": "maskbeam",
         "info": again["info"],
         **{key: value for key, value in dataset.items() if key != "annotations"},
     }

@@ -35,7 +35,7 @@ from transforms.resume import committed_chunks, read_report
 from transforms.s3 import _s3_client
 from transforms.segment import ModelConfig, load_model
 from transforms.summary import read_json
-from transforms.write import chunk_name, commit_chunk, delete_tree, list_tree
+from transforms.write import chunk_name, commit_chunk, delete_temporary, list_tree
 
 pytestmark = pytest.mark.processes
 
@@ -342,13 +342,15 @@ def test_the_whole_bucket_is_an_input(memory: ObjectStore) -> None:
     assert match_shards(InputConfig(("mem://bucket/",))).shards[0].files[0].path == "mem://bucket/a/1.png"
 
 
-def test_a_tree_is_deleted_with_one_listing(memory: ObjectStore) -> None:
+def test_temporary_files_are_deleted_with_one_listing_and_others_stay(memory: ObjectStore) -> None:
     for number in range(50):
-        memory.put(f"labels/_tmp/{number}", b"")
-    memory.put("labels/_tmp2/1", b"")
+        memory.put(f"labels/_tmp/{number:032x}-images-a.tar-00000.parquet", b"")
+    others = ["labels/_tmp/mine", "labels/_tmp/0-images-a.tar-00000.parquet", "labels/_tmp2/1"]
+    for name in (*others, f"labels/_tmp/deep/{0:032x}-images-a.tar-00000.parquet"):
+        memory.put(name, b"")
     STORE.requests.clear()
-    delete_tree("mem://bucket/labels/_tmp")
-    assert set(STORE.objects) == {"mem://bucket/labels/_tmp2/1"}
+    delete_temporary("mem://bucket/labels")
+    assert len(STORE.objects) == 4 and {f"mem://bucket/{name}" for name in others} < set(STORE.objects)
     assert STORE.requests == {"list": 1, "delete": 50, "head": 1}
 
 

@@ -37,7 +37,9 @@ from transforms.write import (
     WriteParquet,
     chunk_name,
     commit_chunk,
-    delete_tree,
+    delete_chunks,
+    delete_temporary,
+    list_directory,
     list_tree,
     parse_chunk_name,
 )
@@ -155,7 +157,7 @@ def test_any_local_directory_will_do(tmp_path: Path, name: str) -> None:
     assert committed_chunks(str(output)) == {SHARD.name: [0, 2]}
     write_summary(Totals(), str(output), RUN)
     assert sorted(path.name for path in output.iterdir()) == ["annotations", "images", "summary.json"]
-    delete_tree(str(output / "images"))
+    delete_chunks(str(output))
     assert committed_chunks(str(output)) == {}
     assert committed_chunks(str(neighbour)) == {SHARD.name: [0]}
 
@@ -165,9 +167,10 @@ def test_other_file_systems_take_a_name_for_a_pattern() -> None:
         OutputConfig("gs://bucket/out*")
 
 
-def test_a_tree_that_is_not_there_has_no_files_and_is_deleted_at_once(tmp_path: Path) -> None:
-    assert list_tree(str(tmp_path / "none")) == []
-    delete_tree(str(tmp_path / "none"))
+def test_a_directory_that_is_not_there_has_no_files_and_nothing_is_deleted(tmp_path: Path) -> None:
+    assert list_tree(str(tmp_path / "none")) == list_directory(str(tmp_path / "none")) == []
+    delete_temporary(str(tmp_path / "none"))
+    delete_chunks(str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("break_at", ["annotations", "images"])

@@ -14,7 +14,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from transforms.records import ChunkReport, Totals
 from transforms.source import describe_error
-from transforms.write import TEMPORARY_DIR, check_run, delete_file, delete_tree
+from transforms.write import check_run, delete_file, delete_temporary
 
 SUMMARY_FILE = "summary.json"
 
@@ -54,14 +54,14 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def write_summary(totals: Totals, output: str, run: dict[str, Any]) -> Totals:
-    """Ends a run that went well: summary.json is there and nothing temporary is left.
+    """Ends a run that went well: summary.json is there and nothing temporary of any start is left.
 
     Raises:
       RunReplaced: the directory belongs to another run by now.
     """
     check_run(output, run)
     write_json(FileSystems.join(output, SUMMARY_FILE), {**totals.to_dict(), "versions": run["versions"]})
-    delete_tree(FileSystems.join(output, TEMPORARY_DIR))
+    delete_temporary(output)
     return totals
 
 

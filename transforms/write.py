@@ -19,10 +19,10 @@ import io
 import json
 import os
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +35,7 @@ from apache_beam.metrics import Metrics
 
 from transforms.parquet_file import open_parquet
 from transforms.records import ChunkReport, LabeledChunk, Seconds, Totals
-from transforms.schema import chunk_to_candidates, chunk_to_tables, report_from_metadata, with_report
+from transforms.schema import RUN_KEY, chunk_to_candidates, chunk_to_tables, report_from_metadata, with_report
 from transforms.source import RETRY_SECONDS, describe_error
 
 RUN_FILE = "run.json"
@@ -43,6 +43,15 @@ ANNOTATIONS_DIR = "annotations"
 CANDIDATES_DIR = "candidates"
 IMAGES_DIR = "images"
 TEMPORARY_DIR = "_tmp"
+
+# What starts leave in TEMPORARY_DIR until they are done: tables to commit, and their notes (pipeline/starts.py).
+_TEMPORARY_NAME = re.compile(
+    rf"[0-9a-f]{{32}}-({ANNOTATIONS_DIR}|{CANDIDATES_DIR}|{IMAGES_DIR})-.+|[0-9a-f]{{32}}\.start\.json(\.[0-9a-f]{{32}})?",
+    re.DOTALL,
+)
+
+# Footers that are read at the same time: on object stores it is waiting that takes the time.
+_FOOTER_THREADS = 16
 
 # Of the counters and distributions.
 METRICS_NAMESPACE = "maskbeam"
@@ -336,15 +345,50 @@ def list_tree(path: str) -> list[str]:
     return [file.path for match in FileSystems.match([pattern]) for file in match.metadata_list]
 
 
-def delete_tree(path: str) -> None:
-    """Deletes everything below a directory, on any file system; nothing if there is nothing."""
-    if FileSystems.get_scheme(path) is None:
-        # Beam would take the names for patterns. Another start may be adding to the directory: then it stays.
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    delete_files(list_tree(path))
-    if FileSystems.exists(path):  # where directories are more than a prefix
-        FileSystems.delete([path])
+def list_directory(path: str) -> list[str]:
+    """The files in a directory, without those in folders of it, on any file system."""
+    pattern = FileSystems.join(escape_glob(path), "*")
+    return [file.path for match in FileSystems.match([pattern]) for file in match.metadata_list]
+
+
+def delete_temporary(output: str) -> None:
+    """Deletes the temporary files of all starts in an output directory, and their folder if nothing else is in it."""
+    directory = FileSystems.join(output, TEMPORARY_DIR)
+    delete_files([path for path in list_directory(directory) if _TEMPORARY_NAME.fullmatch(FileSystems.split(path)[1])])
+    if FileSystems.get_scheme(directory) is None:
+        with contextlib.suppress(OSError):  # others' files are in it, or another start adds to it
+            os.rmdir(directory)
+    elif FileSystems.exists(directory) and not list_tree(directory):  # where directories are more than a prefix
+        FileSystems.delete([directory])
+
+
+def delete_chunks(output: str) -> None:
+    """Deletes the files of all chunks in an output directory, images first: a chunk is one as long as it has those.
+
+    Ours is what lies in a folder of ours, is named as a chunk is, and has our key in its footer. A damaged file has no
+    footer: it is ours if a file of the same chunk is.
+    """
+    files = [
+        path
+        for directory in (IMAGES_DIR, CANDIDATES_DIR, ANNOTATIONS_DIR)
+        for path in list_directory(FileSystems.join(output, directory))
+        if parse_chunk_name(FileSystems.split(path)[1])
+    ]
+    with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
+        whose = dict(zip(files, threads.map(_is_ours, files), strict=True))
+    our_names = {FileSystems.split(path)[1] for path, ours in whose.items() if ours}
+    delete_files(
+        [path for path, ours in whose.items() if ours or (ours is None and FileSystems.split(path)[1] in our_names)]
+    )
+
+
+def _is_ours(path: str) -> bool | None:
+    """Whether a chunk's file was written by this program; None if it is damaged or not Parquet."""
+    try:
+        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+            return RUN_KEY in (pq.read_schema(file).metadata or {})
+    except pa.ArrowException:
+        return None
 
 
 def escape_glob(path: str) -> str:
