@@ -141,7 +141,7 @@ def test_files_that_inflate_are_failed_rows_in_bounded_memory(tmp_path: Path) ->
     (case / "sparse.tar").write_bytes(sparse_tar(4, 2**30))
     inflating_parquet(case / "inflating.parquet")
     repeating_parquet(case / "repeating.parquet")
-    assert all(file.stat().st_size < 2 * MB for file in case.iterdir())
+    assert all(file.stat().st_size < 8 * MB for file in case.iterdir())
 
     peak, rows = label_elsewhere(case, tmp_path / "out", ready)
     assert peak < 1024 * MB

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import label
 from transforms import parquet_file
-from transforms.parquet_file import check_pages
+from transforms.parquet_file import checked_row_groups
 from transforms.parquet_footer import ColumnChunk, read_page_header, read_row_groups
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +128,7 @@ def test_columns_and_pages_are_found_where_arrow_finds_them(options: dict[str, A
             assert place == chunk.start + chunk.num_bytes
             assert sum(page.num_values for page in pages if not page.is_dictionary) == chunk.num_values
             assert sum(page.header_bytes + page.inflated_bytes for page in pages) == column.total_uncompressed_size
-    check_pages(file, {"image.bytes", "image.path", "image.boxes.list.element", "none", "number", "truth"})
+    list(checked_row_groups(file, {"image.bytes", "image.path", "image.boxes.list.element", "none", "number", "truth"}))
 
 
 @pytest.mark.parametrize("dictionary", [True, False])
@@ -139,15 +139,15 @@ def test_a_page_that_inflates_is_refused_by_its_header(
     file = file_of({"image": [bytes(10**6)], "other": ["x"]}, compression=compression, use_dictionary=dictionary)
     monkeypatch.setattr(parquet_file, "FREE_PAGE_BYTES", 10**5)
     with pytest.raises(ValueError, match=r"row group 0 inflate from \d+ to 10\d{5} bytes: a decompression bomb"):
-        check_pages(file, {"image"})
-    check_pages(file, {"other"})
+        list(checked_row_groups(file, {"image"}))
+    list(checked_row_groups(file, {"other"}))
     monkeypatch.setattr(parquet_file, "FREE_PAGE_BYTES", 11 * 10**5)
-    check_pages(file, {"image"})
+    list(checked_row_groups(file, {"image"}))
 
 
 def test_images_that_do_not_compress_may_fill_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_file, "FREE_PAGE_BYTES", 0)
-    check_pages(file_of({"image": IMAGES}), {"image"})
+    list(checked_row_groups(file_of({"image": IMAGES}), {"image"}))
 
 
 @settings(deadline=None)
@@ -157,4 +157,4 @@ def test_damage_is_a_sentence(changes: list[tuple[float, int]]) -> None:
     for place, value in changes:
         data[int(place * (len(data) - 1))] = value
     with contextlib.suppress(ValueError):
-        check_pages(io.BytesIO(data), {"image"})
+        list(checked_row_groups(io.BytesIO(data), {"image"}))

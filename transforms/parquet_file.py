@@ -8,7 +8,7 @@ That takes `pre_buffer=False` here and `use_threads=False` in `read` and `iter_b
 from __future__ import annotations
 
 import io
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import IO
 
 import pyarrow.parquet as pq
@@ -45,8 +45,10 @@ def open_parquet(file: IO[bytes]) -> pq.ParquetFile:
     return pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
 
 
-def check_pages(file: IO[bytes], columns: Collection[str]) -> None:
-    """Refuses pages that take too much memory: Arrow inflates a page as a whole, to whatever size its header claims.
+def checked_row_groups(file: IO[bytes], columns: Collection[str]) -> Iterator[int]:
+    """The index of each row group, once its pages are known not to take too much memory.
+
+    Arrow inflates a page as a whole, to whatever size its header claims.
 
     Args:
       columns: paths of the columns that will be read, names joined by dots.
@@ -56,15 +58,20 @@ def check_pages(file: IO[bytes], columns: Collection[str]) -> None:
     """
     try:
         for index, group in enumerate(read_row_groups(_read_footer(file) or b"\0")):
-            largest = [page for chunk in group if chunk.path in columns for page in _largest_pages(file, chunk)]
-            inflated, stored = sum(page.inflated_bytes for page in largest), sum(page.num_bytes for page in largest)
-            if inflated > FREE_PAGE_BYTES + MAX_PAGE_INFLATION * stored:
-                raise ValueError(
-                    f"pages of row group {index} inflate from {stored} to {inflated} bytes: a decompression bomb. If "
-                    "the file is genuine, write it again with fewer rows in a row group"
-                )
+            _check_pages(file, index, [chunk for chunk in group if chunk.path in columns])
+            yield index
     except IndexError as error:
         raise ValueError("the file's footer is damaged") from error
+
+
+def _check_pages(file: IO[bytes], index: int, columns: list[ColumnChunk]) -> None:
+    largest = [page for chunk in columns for page in _largest_pages(file, chunk)]
+    inflated, stored = sum(page.inflated_bytes for page in largest), sum(page.num_bytes for page in largest)
+    if inflated > FREE_PAGE_BYTES + MAX_PAGE_INFLATION * stored:
+        raise ValueError(
+            f"pages of row group {index} inflate from {stored} to {inflated} bytes: a decompression bomb. If the file "
+            "is genuine, write it again with fewer rows in a row group"
+        )
 
 
 def _largest_pages(file: IO[bytes], chunk: ColumnChunk) -> list[PageHeader]:

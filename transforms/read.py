@@ -20,7 +20,7 @@ import google_crc32c
 import pyarrow as pa
 
 from transforms.images import has_image_extension
-from transforms.parquet_file import check_pages, open_parquet
+from transforms.parquet_file import checked_row_groups, open_parquet
 from transforms.records import (
     NO_ANNOTATIONS,
     Annotations,
@@ -521,7 +521,6 @@ def read_parquet(source: io.BufferedReader, config: ReadConfig) -> Iterator[Samp
     key = next((name for name in config.parquet_key if name in flat), None)
     file_name = next((name for name in config.parquet_file_name if name in flat), None)
     columns = _columns_to_read(schema, image, key, file_name)
-    check_pages(source, columns)
     num_rows = table.metadata.num_rows
     # Not of its columns: asking a damaged file for those ends the process (pyarrow 25).
     inflated = sum(table.metadata.row_group(index).total_byte_size for index in range(table.num_row_groups))
@@ -530,7 +529,12 @@ def read_parquet(source: io.BufferedReader, config: ReadConfig) -> Iterator[Samp
     row = given_bytes = 0
     try:
         # A row at a time: a few images can be as large as the memory.
-        for batch in table.iter_batches(batch_size=1, columns=columns, use_threads=False):
+        batches = (
+            batch
+            for group in checked_row_groups(source, columns)
+            for batch in table.iter_batches(batch_size=1, row_groups=[group], columns=columns, use_threads=False)
+        )
+        for batch in batches:
             try:
                 rows = batch.to_pylist()
             except UnicodeDecodeError as error:  # Parquet's writers need not check strings
