@@ -37,7 +37,7 @@ environment:
 		echo "$(VENV) is not finished or not of this Python and place: it is made again."; \
 	fi
 	@echo "Installing maskbeam, TensorFlow, Keras, Beam and what they need into $(VENV):"
-	@echo "about 900 MB to download and 2.5 GB on disk. It takes minutes."
+	@echo "about 900 MB to download and 2.8 GB on disk. It takes minutes."
 	@$(PYTHON) -m venv --clear $(VENV)
 	@: > $(VENV)/installed
 
@@ -46,7 +46,7 @@ $(VENV)/installed: pyproject.toml $(if $(READY),,environment)
 	@$(BIN)/python -c '$(IDENTITY)' > $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	@echo "Installing what the tests need into $(VENV): about 500 MB to download and 1.3 GB on disk."
+	@echo "Installing what the tests need into $(VENV): about 500 MB to download and 1.6 GB on disk."
 	$(call pip_install,.[dev])
 	@touch $@
 

@@ -173,7 +173,7 @@ def check_output(config: ExportConfig) -> None:
     if os.path.exists(output) and not os.path.isdir(output):
         raise ValueError(f"--output {output} is a file; --format {config.format} writes into a directory.")
     before = _earlier_export(Path(output))
-    if before and not config.overwrite:
+    if before and before.finished and not config.overwrite:
         raise ValueError(f"--output {output} holds an export already. Choose another directory, or --overwrite.")
     for entry in _ENTRIES[config.format]:
         if entry not in before.entries and os.path.lexists(os.path.join(output, entry)):
@@ -288,10 +288,12 @@ class EarlierExport:
     Attributes:
       entries: what belongs to it there, of _ENTRIES; none if there is no export.
       files: paths of its files, relative to the directory.
+      finished: False if it was cut off while its files were moved there: the same command may replace it.
     """
 
     entries: tuple[str, ...] = ()
     files: frozenset[str] = frozenset()
+    finished: bool = True
 
     def __bool__(self) -> bool:
         return bool(self.entries)
@@ -313,7 +315,7 @@ def _earlier_export(output: Path) -> EarlierExport:
         entries = tuple({*entries, *(name.split("/")[0] for name in files)})
         known = {entry for entries_of in _ENTRIES.values() for entry in entries_of}
         if known.issuperset(entries) and not any(".." in name.split("/") for name in files):
-            return EarlierExport(entries, files)
+            return EarlierExport(entries, files, not content.get("unfinished"))
     raise ValueError(
         f"{path} was not written by maskbeam, or by an earlier version. Delete that export yourself, or choose another "
         "--output."

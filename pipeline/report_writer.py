@@ -12,7 +12,9 @@ Data are scripts because a page opened from a file may load scripts, but not fet
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -34,6 +36,7 @@ from transforms.threads import host_threads
 _PAGE = Path(__file__).parent / "report"
 # What a report consists of; an earlier one is replaced, anything else in the directory is not touched.
 _MADE = ("data", "thumbnails", "photos")
+_MADE_FILE = re.compile(r"\d+\.(jpg|js)|index\.js")
 _MARK = '<meta name="generator" content="maskbeam view">'
 
 _PER_DIRECTORY = 1000  # file managers grow slow with directories of ten thousands
@@ -82,7 +85,13 @@ def holds_report(output: Path) -> bool:
 def delete_report(output: Path) -> None:
     """Deletes what makes a report large, and nothing else; the rest is replaced when the new one is written."""
     for name in _MADE:
-        shutil.rmtree(output / name, ignore_errors=True)
+        # A folder comes after what is in it.
+        for path in sorted([output / name, *(output / name).rglob("*")], reverse=True):
+            if path.is_dir() and not path.is_symlink():
+                with contextlib.suppress(OSError):  # others' files are in it
+                    path.rmdir()
+            elif _MADE_FILE.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 def write_images(

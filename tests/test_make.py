@@ -7,12 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 pytestmark = [pytest.mark.processes, pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")]
 
@@ -124,8 +127,17 @@ def test_other_pythons_are_refused_in_one_sentence_before_anything_is_made(
 
 
 def test_the_versions_are_those_of_the_package() -> None:
-    assert 'requires-python = ">=3.11,<3.14"' in (ROOT / "pyproject.toml").read_text()
+    assert PACKAGE["requires-python"] == ">=3.11,<3.14"
     assert "(3, 11) <= v[:2] <= (3, 13)" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("dependency", PACKAGE["dependencies"])
+def test_an_older_python_has_nothing_to_look_for(dependency: str) -> None:
+    """So pip says in one line that maskbeam requires another Python, and not that it cannot find some package."""
+    marker = Requirement(dependency).marker
+    assert marker is not None
+    wanted = {version: marker.evaluate({"python_version": version}) for version in ("3.9", "3.10", "3.11", "3.13")}
+    assert wanted == {"3.9": False, "3.10": False, "3.11": True, "3.13": True}
 
 
 def lose_the_interpreter(project: Project) -> None:

@@ -14,6 +14,7 @@ import pytest
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.io.localfilesystem import LocalFileSystem
 
+from pipeline import cli
 from pipeline.options import UsageError
 from tests.conftest import label, photo_bytes, read_labels, write_photos
 from tests.fakes import FakeSam
@@ -93,6 +94,62 @@ def test_a_full_disk_is_told_and_what_is_committed_stays(
     assert start(photos, output) == 0
     assert read_labels(output) == undisturbed
     assert not (output / "_tmp").exists()
+
+
+def run_on_a_full_disk(small_disk: Path, command: Callable[[], int], step: int) -> Iterator[int]:
+    """Runs a command with no space, then with a little more each time, until it passes; each time again with space.
+
+    Gives how much space there was, after the second run.
+    """
+    for leave in range(0, 2**18, step):
+        fill(small_disk, leave)
+        try:
+            code = command()
+        except UsageError:
+            code = 2
+        (small_disk / "ballast").unlink()
+        assert command() == 0 if code else True
+        yield leave
+        if code == 0:
+            return
+
+
+def test_label_goes_on_once_there_is_space(small_disk: Path, photos: Path, undisturbed: Any) -> None:
+    output = small_disk / "labels"
+    for _ in run_on_a_full_disk(small_disk, lambda: start(photos, output), 2**14):
+        assert read_labels(output) == undisturbed
+        shutil.rmtree(output)
+
+
+@pytest.mark.parametrize("form", ["coco", "sa1b", "yolo", "png"])
+def test_export_goes_on_once_there_is_space(small_disk: Path, photos: Path, tmp_path: Path, form: str) -> None:
+    assert start(photos, tmp_path / "labels", "--max_masks", "3") == 0  # twice the export must fit
+    command = ["export", "--labels", str(tmp_path / "labels"), "--format", form, "--output"]
+    assert cli.main([*command, str(tmp_path / "whole")]) == 0
+    whole, output = content_of(tmp_path / "whole"), small_disk / "out"
+    for leave in run_on_a_full_disk(small_disk, lambda: cli.main([*command, str(output)]), 2**12):
+        assert content_of(output) == whole, leave
+        output.unlink() if output.is_file() else shutil.rmtree(output)
+
+
+def content_of(path: Path) -> dict[str, bytes]:
+    """Of a file, or of all files below a directory."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("command", ["refine", "import"])
+def test_refine_and_import_go_on_once_there_is_space(
+    small_disk: Path, photos: Path, tmp_path: Path, command: str
+) -> None:
+    kept, coco, output = tmp_path / "kept", tmp_path / "kept.json", small_disk / "out"
+    assert start(photos, kept, "--keep_candidates") == 0
+    assert cli.main(["export", "--labels", str(kept), "--format", "coco", "--output", str(coco)]) == 0
+    source = {"refine": ["--labels", str(kept)], "import": ["--annotations", str(coco)]}[command]
+    assert cli.main([command, *source, "--output", str(tmp_path / "whole")]) == 0
+    for _ in run_on_a_full_disk(small_disk, lambda: cli.main([command, *source, "--output", str(output)]), 2**14):
+        assert read_labels(output) == read_labels(tmp_path / "whole")
+        shutil.rmtree(output)
 
 
 @pytest.mark.processes

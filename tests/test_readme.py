@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import cli
@@ -18,6 +19,7 @@ from pipeline.options import parse_label
 from pipeline.plan import parse_plan
 from pipeline.refine import parse_refine
 from pipeline.view import parse_view
+from tests.conftest import label, read_labels
 from transforms.schema import ANNOTATIONS, CANDIDATES, IMAGES
 
 ROOT = Path(__file__).parents[1]
@@ -73,3 +75,15 @@ def test_every_make_target_exists(target: str) -> None:
 @pytest.mark.parametrize(("page", "link"), LINKS)
 def test_every_link_leads_somewhere(page: Path, link: str) -> None:
     assert link.startswith("https://") or (page.parent / link).exists()
+
+
+def test_the_packing_of_tables_works(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a fresh directory, as it is printed."""
+    (snippet,) = re.findall(r"```python\n(.*?COPY.*?)```", (ROOT / "docs/scaling.md").read_text(), re.DOTALL)
+    assert label("--input", photos, "--output", tmp_path / "labels", "--chunk_size", "2") == 0
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    labels = read_labels(tmp_path / "labels")
+    for table, rows in (("annotations", labels.annotations), ("images", labels.images)):
+        packed = pq.read_table(tmp_path / "packed" / table).to_pylist()
+        assert sorted(row["image_id"] for row in packed) == [row["image_id"] for row in rows]

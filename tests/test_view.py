@@ -361,10 +361,13 @@ def test_mistakes_are_told(
 def test_an_earlier_report_is_replaced_and_nothing_else(labeled: Path, tmp_path: Path) -> None:
     report = tmp_path / "report"
     view("--labels", labeled / "labels", "--output", report)
-    (report / "notes.txt").write_text("mine")
+    mine = [report / name for name in ("notes.txt", "photos/mine.jpg", "photos/0/crop.png", "data/old/notes.txt")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
     view("--labels", labeled / "labels", "--output", report, "--image_id", "1.png")
-    assert shown_ids(report) == ["1.png"] and (report / "notes.txt").read_text() == "mine"
-    assert [path.name for path in (report / "photos/0").iterdir()] == ["0.jpg"]
+    assert shown_ids(report) == ["1.png"] and [path.read_text() for path in mine] == ["mine"] * 4
+    assert sorted(path.name for path in (report / "photos/0").iterdir()) == ["0.jpg", "crop.png"]
 
 
 def test_damaged_labels_are_told_and_the_report_can_be_made_again(
