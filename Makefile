@@ -46,7 +46,7 @@ $(VENV)/installed: pyproject.toml $(if $(READY),,environment)
 	@$(BIN)/python -c '$(IDENTITY)' > $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	@echo "Installing what the tests need into $(VENV): about 500 MB to download and 1.6 GB on disk."
+	@echo "Installing what the tests need into $(VENV): about 320 MB to download and 1.6 GB on disk."
 	$(call pip_install,.[dev])
 	@touch $@
 

@@ -19,6 +19,7 @@ from transforms.agreement import MATCH_IOU, compare_masks
 from transforms.labels import list_chunks, read_chunk, read_images
 from transforms.records import Mask
 from transforms.schema import row_to_mask
+from transforms.write import ChunkKey
 
 _CHUNKS_IN_MEMORY = 4
 
@@ -44,7 +45,7 @@ class ImageName:
     image_id: str
     file_name: str | None
     sha256: str | None
-    chunk: tuple[str, int]
+    chunk: ChunkKey
 
 
 @dataclass(frozen=True)
@@ -187,17 +188,17 @@ def _bytes_differ(a: ImageName, b: ImageName) -> bool:
 
 def _compare(labels: str, against: str, joined: dict[str, ImageName], others: list[ImageName]) -> Comparison:
     @lru_cache(maxsize=_CHUNKS_IN_MEMORY)
-    def read_other(shard: str, index: int) -> dict[str, _Image]:
-        return {image.image_id: image for image in _images(against, shard, index)}
+    def read_other(chunk: ChunkKey) -> dict[str, _Image]:
+        return {image.image_id: image for image in _images(against, chunk)}
 
     compared, failed, only_in_labels = {}, {}, []
-    for shard, index in progress_bar(list_chunks(labels), unit="chunk"):
-        for image in _images(labels, shard, index):
+    for chunk in progress_bar(list_chunks(labels), unit="chunk"):
+        for image in _images(labels, chunk):
             if image.image_id not in joined:
                 only_in_labels.append(image.image_id)
                 continue
             name = joined[image.image_id]
-            other = read_other(*name.chunk)[name.image_id]
+            other = read_other(name.chunk)[name.image_id]
             if image.failed or other.failed:
                 both = image.failed and other.failed
                 failed[image.image_id] = "both" if both else "labels" if image.failed else "against"
@@ -222,8 +223,8 @@ class _Image:
     masks: list[Mask]
 
 
-def _images(labels: str, shard: str, index: int) -> Iterator[_Image]:
-    for row, masks in read_chunk(labels, shard, index).rows():
+def _images(labels: str, chunk: ChunkKey) -> Iterator[_Image]:
+    for row, masks in read_chunk(labels, chunk).rows():
         size_hw = (row["height"], row["width"])
         yield _Image(row["image_id"], size_hw, row["status"] == "failed", [row_to_mask(mask) for mask in masks])
 

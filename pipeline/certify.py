@@ -20,11 +20,19 @@ from typing import Any
 from pipeline.identity import default_backend, model_fingerprint
 from pipeline.options import UsageError, parse_job
 from pipeline.progress import progress_bar
-from pipeline.results import escape_controls, format_mean, format_share, format_table, write_result
+from pipeline.results import (
+    describe_default_model,
+    escape_controls,
+    format_mean,
+    format_share,
+    format_table,
+    write_result,
+)
 from pipeline.run import EXIT_DONE, EXIT_FAILED
 from transforms.agreement import MATCH_IOU, Agreement, compare_masks
 from transforms.amg import CANDIDATE_SETTINGS, AmgConfig, Sam, Submit, call_now, label_image
 from transforms.binomial import trials_needed, upper_bound
+from transforms.embedded import check_model_name
 from transforms.images import ImageConfig, ImageError, decode_image
 from transforms.match import InputConfig, Matched, match_shards
 from transforms.read import ReadConfig, read_images, relative_path
@@ -89,12 +97,12 @@ class CertificateConfig:
 class CertifyJob:
     """Everything `maskbeam certify` was asked to do."""
 
-    input: InputConfig
-    read: ReadConfig
-    images: ImageConfig
     model: LowPrecisionModel
-    amg: AmgConfig
+    input: InputConfig
     certificate: CertificateConfig
+    amg: AmgConfig
+    images: ImageConfig
+    read: ReadConfig
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,7 @@ class Certificate:
 
 def main(argv: list[str]) -> int:
     """Parses the flags and runs the comparison."""
-    return run_certify(parse_certify(argv))
+    return run_certify(parse_certify(argv), notice=describe_default_model(argv))
 
 
 def parse_certify(argv: list[str]) -> CertifyJob:
@@ -214,11 +222,12 @@ def parse_certify(argv: list[str]) -> CertifyJob:
     return parse_job("certify", CertifyJob, argv, _DESCRIPTION, without=("chunk_size", *CANDIDATE_SETTINGS))
 
 
-def run_certify(job: CertifyJob, load: LoadSam = load_model) -> int:
+def run_certify(job: CertifyJob, load: LoadSam = load_model, notice: str = "") -> int:
     """Compares, prints the result and writes it as JSON.
 
     Args:
       load: makes the models; tests give a fake.
+      notice: printed once the job is known to be possible.
 
     Returns:
       0 if with 95% confidence at most max_changed of all images change their mask count; 1 if more may, if there was
@@ -228,6 +237,7 @@ def run_certify(job: CertifyJob, load: LoadSam = load_model) -> int:
       UsageError: before anything is labeled, if the job cannot be done as asked.
     """
     try:
+        check_model_name(job.model.model)
         matched = match_shards(job.input, job.read)
         use_backend(default_backend())
     except (ValueError, RuntimeError, OSError) as error:
@@ -235,6 +245,8 @@ def run_certify(job: CertifyJob, load: LoadSam = load_model) -> int:
     described = _describe_job(job, matched)
     # Without a result yet: fails now rather than after the work if --json cannot be written.
     write_result(job.certificate.json, described)
+    if notice:
+        print(notice, file=sys.stderr)
     try:
         float32, low_precision = load(ModelConfig(job.model.model, "float32")), load(job.model)
     except ValueError as error:
@@ -251,6 +263,7 @@ def run_certify(job: CertifyJob, load: LoadSam = load_model) -> int:
         print(f"maskbeam: {error}", file=sys.stderr)
         return EXIT_FAILED
     certificate = Certificate(job.model.dtype, job.certificate.max_changed, images)
+    print(f"model: {job.model.model}")
     print(format_certificate(certificate))
     write_result(job.certificate.json, {**described, **certificate_to_dict(certificate)})
     return EXIT_FAILED if certificate.objection else EXIT_DONE
@@ -285,10 +298,7 @@ def draw_images(matched: Matched, config: ReadConfig, count: int, seed: int) -> 
         return hashlib.sha256(f"{seed} {image_id}".encode("utf-8", "surrogateescape")).digest()
 
     files = [
-        replace(shard, files=(file,), first_row=shard.first_row + index)
-        for shard in matched.shards
-        if shard.format == "image"
-        for index, file in enumerate(shard.files)
+        replace(shard, files=(file,)) for shard in matched.shards if shard.format == "image" for file in shard.files
     ]
     loose = heapq.nsmallest(count, files, key=lambda shard: number(relative_path(shard.files[0].path, matched.root)))
     packed = [shard for shard in matched.shards if shard.format != "image"]

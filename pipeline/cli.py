@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import importlib.metadata
 import logging
 import os
 import sys
@@ -37,9 +39,14 @@ def main(argv: list[str] | None = None) -> int:
         handle_signals()
         argv = sys.argv[1:]
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
-    if command in ("", "-h", "--help"):
+    if command == "help" and rest:
+        command, rest = rest[0], ["--help"]
+    if command in ("", "help", "-h", "--help"):
         print(_usage(), end="")
         return 0 if command else 2
+    if command == "--version":
+        print(f"maskbeam {importlib.metadata.version('maskbeam')}")
+        return 0
     _quiet_libraries()
     try:
         return _run(command, rest)
@@ -51,15 +58,18 @@ def main(argv: list[str] | None = None) -> int:
 def _usage() -> str:
     width = max(len(command) for command in _COMMANDS) + 2
     commands = "".join(f"  {command:{width}}{does}\n" for command, (_, does) in _COMMANDS.items())
-    return f"usage: maskbeam COMMAND ...\n\ncommands:\n{commands}\nmaskbeam COMMAND --help tells the rest.\n"
+    more = "maskbeam help COMMAND lists its flags, maskbeam --version prints the version."
+    return f"usage: maskbeam COMMAND ...\n\ncommands:\n{commands}\n{more}\n"
 
 
 def _run(command: str, argv: list[str]) -> int:
     if command not in _COMMANDS:
-        print(f"maskbeam: unknown command {command}, expected one of {', '.join(_COMMANDS)}", file=sys.stderr)
+        meant = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(command, _COMMANDS, n=1))
+        print(f"maskbeam: unknown command {command}: {meant}Commands: {', '.join(_COMMANDS)}", file=sys.stderr)
         return 2
     # Imported late, and only what is asked for: most bring Beam with them, and --help should not wait for it.
     from pipeline.options import UsageError
+    from transforms.records import DamagedFile
 
     module = importlib.import_module(_COMMANDS[command][0])
     try:
@@ -68,6 +78,9 @@ def _run(command: str, argv: list[str]) -> int:
     except UsageError as error:
         print(f"maskbeam {command}: {error}", file=sys.stderr)
         return 2
+    except DamagedFile as error:
+        print(f"maskbeam {command}: {error}", file=sys.stderr)
+        return 1
     return code
 
 

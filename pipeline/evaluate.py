@@ -17,10 +17,11 @@ import pyarrow as pa
 from pipeline.against import NothingToCompare, compare_labels, comparison_to_dict, format_comparison
 from pipeline.options import UsageError, parse_job
 from pipeline.progress import progress_bar
-from pipeline.results import escape_controls, format_some, format_table, write_picture, write_result
+from pipeline.results import describe_model, escape_controls, format_some, format_table, write_picture, write_result
 from pipeline.run import EXIT_DONE, EXIT_FAILED
 from transforms import rle
-from transforms.labels import ChunkTables, read_chunks
+from transforms.coco import MAX_COCO_BYTES, MEND_COCO
+from transforms.labels import ChunkTables, list_chunks, read_chunks, read_images, read_run
 from transforms.recall import (
     AREA_RANGES,
     CONFIDENCE,
@@ -33,7 +34,9 @@ from transforms.recall import (
     image_recall,
     summarize_recall,
 )
-from transforms.summary import read_json
+from transforms.records import DamagedFile
+from transforms.strict_json import parse_json
+from transforms.summary import read_json_bytes
 from transforms.truth import TruthImage, TruthObject, parse_instances
 
 _DESCRIPTION = (
@@ -138,8 +141,10 @@ def main(argv: list[str]) -> int:
             evaluate_truth(config, config.truth)
         if config.against is not None:
             comparison = compare_labels(config.labels, config.against)
+            models = {"model": read_model(config.labels), "model_against": read_model(config.against)}
+            print(f"models: {models['model']}, held against {models['model_against']}")
             print(format_comparison(comparison, config.labels, config.against))
-            write_result(config.json, {"evaluation": asdict(config), **comparison_to_dict(comparison)})
+            write_result(config.json, {"evaluation": asdict(config), **models, **comparison_to_dict(comparison)})
     except NothingToCompare as error:
         print(f"maskbeam: {escape_controls(str(error))}", file=sys.stderr)
         return EXIT_FAILED
@@ -156,27 +161,35 @@ def evaluate_truth(config: EvaluateConfig, truth_path: str) -> None:
 
     Raises:
       NothingToCompare: no image is in both.
-      UsageError: labels or truth cannot be used, or an image is not in both.
+      UsageError: the labels cannot be read, or an image is not in both.
+      DamagedFile: labels or truth are not what they should be.
     """
     try:
-        truth = parse_instances(read_json(truth_path))
-    except (ValueError, OSError) as error:
+        truth = parse_instances(parse_json(read_json_bytes(truth_path, MAX_COCO_BYTES)))
+        joined = join_truth(truth, _image_rows(config.labels), config.allow_missing)
+        found = evaluate_images(config.labels, joined.truth, config.rank_by)
+        images = tuple(progress_bar(found, total=len(joined.truth), unit="image"))
+    except (UsageError, NothingToCompare):
+        raise
+    except ValueError as error:
+        raise DamagedFile(f"cannot use --truth {truth_path}: {error}. {MEND_COCO}") from error
+    except OSError as error:
         raise UsageError(f"cannot read --truth {truth_path}: {error}") from error
-    rows = (row for tables in labeled_chunks(config.labels) for row in tables.images.to_pylist())
-    joined = join_truth(truth, rows, config.allow_missing)
-    images = tuple(
-        progress_bar(
-            evaluate_images(config.labels, joined.truth, config.rank_by), total=len(joined.truth), unit="image"
-        )
-    )
     evaluation = Evaluation(joined, images, summarize_recall([image.recall for image in images], config.seed))
+    model = read_model(config.labels)
+    print(f"model: {model}")
     print(format_evaluation(evaluation, config))
-    write_result(config.json, {"evaluation": asdict(config), **evaluation_to_dict(evaluation)})
+    write_result(config.json, {"evaluation": asdict(config), "model": model, **evaluation_to_dict(evaluation)})
     if config.plot is not None:
         # Late: nothing else needs matplotlib.
         from pipeline.plot_recall import plot_recall
 
         write_picture(config.plot, plot_recall(evaluation.recall))
+
+
+def read_model(labels: str) -> str:
+    """Which model made the labels."""
+    return describe_model(read_run(labels))
 
 
 def join_truth(truth: dict[str, TruthImage], rows: Iterable[dict[str, Any]], allow_missing: bool) -> Joined:
@@ -244,7 +257,8 @@ def evaluate_images(labels: str, truth: dict[str, TruthImage], rank_by: str) -> 
       truth: by the image_id of the labels; other images are left out.
 
     Raises:
-      UsageError: an annotation of the truth or a file of the labels cannot be used; names it.
+      ValueError: an annotation of the truth cannot be used; names it.
+      UsageError, DamagedFile: see labeled_chunks.
     """
     for tables in labeled_chunks(labels):
         chosen = [image_id for image_id in tables.images["image_id"].to_pylist() if image_id in truth]
@@ -253,10 +267,7 @@ def evaluate_images(labels: str, truth: dict[str, TruthImage], rank_by: str) -> 
             if image_id in rows_of:
                 rows_of[image_id].append(row)
         for image_id, rows in rows_of.items():
-            try:
-                objects = truth[image_id].objects()
-            except ValueError as error:
-                raise UsageError(f"cannot use the truth: {error}") from error
+            objects = truth[image_id].objects()
             masks = tables.annotations.take(pa.array(rows, pa.int64()))
             recall = recall_of_masks(masks, objects, truth[image_id].size_hw, rank_by)
             yield EvaluatedImage(image_id, truth[image_id], len(rows), recall)
@@ -285,11 +296,22 @@ def ranked_order(masks: pa.Table, rank_by: str) -> np.ndarray:
     return np.lexsort((masks["mask_index"].to_numpy(), -masks["predicted_iou"].to_numpy()))
 
 
+def _image_rows(labels: str) -> Iterator[dict[str, Any]]:
+    """What join_truth needs of the images; raises what labeled_chunks does."""
+    columns = ["image_id", "file_name", "height", "width", "status", "error_stage", "error"]
+    try:
+        for images in read_images(labels, list_chunks(labels), columns):
+            yield from images.to_pylist()
+    except (ValueError, OSError) as error:
+        raise UsageError(f"cannot read labels: {error}") from error
+
+
 def labeled_chunks(labels: str) -> Iterator[ChunkTables]:
     """All chunks, one at a time in memory.
 
     Raises:
-      UsageError: there is none, or one is damaged.
+      UsageError: there is none.
+      DamagedFile: one is damaged.
     """
     try:
         yield from read_chunks(labels)

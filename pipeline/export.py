@@ -26,6 +26,7 @@ from transforms.formats import Overlap, YoloLoss, file_names, label_picture, sa1
 from transforms.labels import list_chunks, read_chunk, read_run
 from transforms.polygons import PolygonLoss
 from transforms.summary import read_json, replace_file, write_json
+from transforms.write import ChunkKey
 
 # What an export leaves in its directory: a list of its files, and what lies beside it.
 EXPORT_FILE = "export.json"
@@ -81,14 +82,14 @@ class Labels:
 
     Attributes:
       run: content of run.json.
-      chunks: shard and index of each.
+      chunks: all of them.
       images, masks: given so far.
       failures: of the first failed images, which are not given, having no masks and often no size.
     """
 
     directory: str
     run: dict[str, Any]
-    chunks: list[tuple[str, int]]
+    chunks: list[ChunkKey]
     images: int = 0
     masks: int = 0
     failed: int = 0
@@ -99,8 +100,8 @@ class Labels:
 
         Ids count all images, failed ones included, so that they stay when those are labeled after all.
         """
-        for shard, index in progress_bar(self.chunks, unit="chunk"):
-            for image, masks in read_chunk(self.directory, shard, index).rows():
+        for chunk in progress_bar(self.chunks, unit="chunk"):
+            for image, masks in read_chunk(self.directory, chunk).rows():
                 if image["status"] == "failed":
                     self.failed += 1
                     if self.failed <= _MAX_FAILURES_SHOWN:

@@ -8,9 +8,11 @@ from typing import Any
 import apache_beam as beam
 
 from pipeline.dataflow import DataflowConfig
+from pipeline.progress import ProgressConfig
 from transforms.amg import AmgConfig
 from transforms.images import ImageConfig
-from transforms.match import InputConfig, MatchShards
+from transforms.manifest import ReadManifest
+from transforms.match import InputConfig
 from transforms.read import ReadConfig
 from transforms.resume import ReadChunks
 from transforms.segment import GenerateMasks, LoadSam, ModelConfig, load_model
@@ -20,15 +22,16 @@ from transforms.write import OutputConfig, WriteParquet
 
 @dataclass(frozen=True)
 class Job:
-    """Everything `maskbeam label` was asked to do."""
+    """Everything `maskbeam label` was asked to do. The fields are in the order of --help."""
 
-    input: InputConfig
-    read: ReadConfig
-    images: ImageConfig
     model: ModelConfig
-    amg: AmgConfig
+    input: InputConfig
     output: OutputConfig
+    progress: ProgressConfig
+    amg: AmgConfig
+    images: ImageConfig
     dataflow: DataflowConfig
+    read: ReadConfig
 
 
 def build(
@@ -44,18 +47,19 @@ def build(
     why the accelerator is given to the whole pool of workers and never to one step as a resource hint.
 
     Args:
-      run: content of run.json.
+      run: content of run.json, from pipeline.settle.
       load, progress_dir: see GenerateMasks.
     """
+    output = job.output.output
     chunks, finished = (
         root
-        | "MatchShards" >> MatchShards(job.input, job.read)  # Shard; only paths are ever shuffled
+        | "ReadManifest" >> ReadManifest(output, run)  # Shard; only paths are ever shuffled
         | "ReadChunks"  # Chunk
-        >> ReadChunks(job.read, job.input.chunk_size, run["root"], job.output, run.get("id"), job.amg.keep_candidates)
+        >> ReadChunks(job.read, job.input.chunk_size, run["root"], output, run.get("id"), job.amg.keep_candidates)
     )
     reports = (
         chunks
         | "GenerateMasks" >> GenerateMasks(job.model, job.images, job.amg, run["backend"], load, progress_dir)
         | "WriteParquet" >> WriteParquet(job.output, run)  # ChunkReport, after the chunk's files are committed
     )
-    return (reports, finished) | "Summarize" >> Summarize(job.output.output, run)  # Totals -> summary.json
+    return (reports, finished) | "Summarize" >> Summarize(output, run)  # Totals -> summary.json

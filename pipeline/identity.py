@@ -11,16 +11,17 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from pipeline.graph import Job
 from pipeline.options import UsageError
 from transforms.cache import local_preset
+from transforms.check_preset import check_preset
+from transforms.embedded import PresetError
+from transforms.manifest import FORMAT
 from transforms.match import absolute
 from transforms.records import Shard
 from transforms.resume import committed_chunks
-from transforms.segment import native_stderr_silenced
 from transforms.source import describe_error
 from transforms.summary import SUMMARY_FILE, read_json, write_json
 from transforms.write import (
@@ -31,8 +32,11 @@ from transforms.write import (
     TEMPORARY_DIR,
     delete_chunks,
     delete_file,
+    delete_files,
     delete_temporary,
+    escape_glob,
     list_tree,
+    manifest_path,
 )
 
 _TABLE_DIRS = (ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR)
@@ -41,11 +45,11 @@ _OUR_DIRS = (*_TABLE_DIRS, TEMPORARY_DIR)
 # In run.json while the labels of an earlier run are being deleted, so that a start after a kill goes on with that.
 _CLEARING = "clearing"
 
-# What may differ between starts of one run: names for people, not what makes the rows.
-_NOT_IDENTITY = ("model", "versions", "coco", "id", _CLEARING)
+# What may differ between starts of one run: names for people, not what makes the rows, and where the input lies, since
+# a copy of it has the same rows (transforms/reconcile.py looks).
+_NOT_IDENTITY = ("model", "versions", "coco", "id", "root", "manifest", "format", _CLEARING)
 
 _VERSIONED = ("maskbeam", "apache-beam", "keras", "keras-hub", "tensorflow", "jax", "numpy", "pycocotools", "pyarrow")
-_WEIGHT_FILES = ("model.weights.h5", "model.weights.json")
 
 
 def default_backend() -> str:
@@ -56,6 +60,7 @@ def default_backend() -> str:
 def describe_run(job: Job, root: str) -> dict[str, Any]:
     """The content of run.json: settings that affect rows, the model's fingerprint, backend, dtype, root; versions."""
     return {
+        "format": FORMAT,
         "root": root,
         "input_format": job.input.input_format,
         "chunk_size": job.input.chunk_size,
@@ -87,48 +92,19 @@ def model_fingerprint(preset: str) -> str:
     """sha256 of a model's architecture and weights, wherever they lie.
 
     Raises:
-      UsageError: there is no such model.
+      UsageError: there is no such model, or it cannot be used.
     """
     digest = hashlib.sha256()
     try:
-        directory = local_preset(preset)
-        for name in ("config.json", *_weight_files(directory)):
-            with FileSystems.open(
-                _preset_file(directory, name), compression_type=CompressionTypes.UNCOMPRESSED
-            ) as file:
+        for path in check_preset(local_preset(preset)):
+            with open(path, "rb") as file:
                 while block := file.read(2**20):
                     digest.update(block)
-    except Exception as error:  # whatever the file system or hub in question raises
-        first_line = str(error).strip().partition("\n")[0]
-        raise UsageError(
-            f"cannot find model {preset}: {first_line}. Give an embedded model, the name of a KerasHub SAM preset, or "
-            "the directory or URI of one. Names are downloaded and need the network."
-        ) from error
+    except PresetError as error:
+        raise UsageError(str(error)) from error
+    except Exception as error:  # whatever the file system in question raises
+        raise UsageError(f"cannot read model {preset}: {describe_error(error)}. Check name and access.") from error
     return digest.hexdigest()
-
-
-def _weight_files(directory: str) -> list[str]:
-    """model.weights.h5, or the index and the shards of large models."""
-    if _is_directory(directory) and not FileSystems.exists(FileSystems.join(directory, _WEIGHT_FILES[0])):
-        index = read_json(FileSystems.join(directory, _WEIGHT_FILES[1]))
-        return [_WEIGHT_FILES[1], *sorted(set(index["weight_map"].values()))]
-    return [_WEIGHT_FILES[0]]
-
-
-def _preset_file(directory: str, name: str) -> str:
-    """Path of a preset's file; presets known by name are downloaded to KerasHub's cache."""
-    if _is_directory(directory):
-        return FileSystems.join(directory, name)
-    with native_stderr_silenced():
-        from keras_hub.src.utils.preset_utils import get_file  # there is no public way to a preset's files
-
-    return get_file(directory, name)
-
-
-def _is_directory(preset: str) -> bool:
-    return not preset.startswith(("kaggle://", "hf://", "modelscope://")) and FileSystems.exists(
-        FileSystems.join(preset, "config.json")
-    )
 
 
 def claim_output(output: str, run: dict[str, Any], overwrite: bool) -> dict[str, Any]:
@@ -177,6 +153,11 @@ def _read_run(path: str) -> dict[str, Any]:
         ) from error
     if not isinstance(run, dict) or not {"model_fingerprint", "root", "amg"} <= run.keys():
         raise UsageError(f"{path} was not written by maskbeam. Choose another --output.")
+    if isinstance(run.get("format"), int) and run["format"] > FORMAT:
+        raise UsageError(
+            f"{path} was written by a newer maskbeam (format {run['format']}, this one knows {FORMAT}). Update "
+            "maskbeam, or choose another --output."
+        )
     return run
 
 
@@ -185,6 +166,8 @@ def _delete_labels(output: str) -> None:
     delete_chunks(output)
     delete_temporary(output)
     delete_file(FileSystems.join(output, SUMMARY_FILE))
+    (manifests,) = FileSystems.match([manifest_path(escape_glob(output), "*")])
+    delete_files([file.path for file in manifests.metadata_list])
 
 
 def refuse_input_in_output(shards: Iterable[Shard], output: str) -> None:

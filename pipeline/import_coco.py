@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
-
-from apache_beam.io.filesystem import CompressionTypes
-from apache_beam.io.filesystems import FileSystems
+from typing import Any, Literal
 
 from pipeline.identity import claim_output, versions
 from pipeline.options import UsageError, parse_job
 from pipeline.progress import progress_bar
 from pipeline.run import EXIT_DONE, EXIT_FAILED
-from transforms.coco import add_coco_columns, check_categories, coco_to_image, group_by_image
+from transforms.coco import MAX_COCO_BYTES, MEND_COCO, add_coco_columns, check_categories, coco_to_image, group_by_image
 from transforms.match import InputConfig, absolute, shard_name
-from transforms.records import ChunkReport, LabeledChunk, Shard, SourceFile, Totals
+from transforms.records import ChunkReport, DamagedFile, LabeledChunk, Shard, SourceFile, Totals
 from transforms.schema import chunk_to_tables
-from transforms.summary import write_summary
-from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, chunk_name, commit_tables
+from transforms.strict_json import parse_json
+from transforms.summary import read_json_bytes, write_summary
+from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, RunReplaced, chunk_name, commit_tables
 
 _CHUNK_SIZE = InputConfig.chunk_size
 
@@ -78,17 +75,20 @@ def run_import(config: ImportConfig) -> int:
 
     Raises:
       UsageError: the file cannot be read, or the output cannot be written.
+      DamagedFile: it is not what it should be.
     """
     try:
         content, source, digest = _read(config.annotations)
         about = content if isinstance(content, dict) else {}
         if isinstance(content, list):
             if config.images_from is None:
-                raise ValueError("it is a list of results; say with --images_from which file has their images")
+                raise UsageError(
+                    f"{config.annotations} is a list of results; say with --images_from which file has their images"
+                )
             about, _, images_digest = _read(config.images_from)
             digest += images_digest
         elif config.images_from is not None:
-            raise ValueError("it is no list of results, so --images_from has no use")
+            raise UsageError(f"{config.annotations} is no list of results, so --images_from has no use")
         if not isinstance(about, dict):
             raise ValueError("expected an object with images, annotations and categories")
         records = about.get("annotations") if isinstance(content, dict) else content
@@ -101,7 +101,11 @@ def run_import(config: ImportConfig) -> int:
             for row, (image, annotations) in enumerate(progress_bar(grouped, unit="image"))
         ]
         _check_image_ids([image.source.image_id for image in images])
-    except (ValueError, OSError) as error:
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise DamagedFile(f"cannot import {config.annotations}: {error}. {MEND_COCO}") from error
+    except OSError as error:
         raise UsageError(f"cannot import {config.annotations}: {error}") from error
     shard = Shard(shard_name(config.annotations.rpartition("/")[2]), absolute(config.annotations), "coco", (source,))
     run = _describe(shard, digest, {key: about[key] for key in about if key not in ("images", "annotations")})
@@ -125,7 +129,7 @@ def run_import(config: ImportConfig) -> int:
             commit_tables(tables, chunk_name(shard.name, chunk.index), config.output, in_files)
             totals += report.totals
         write_summary(totals, config.output, run)
-    except OSError as error:
+    except (OSError, RunReplaced) as error:
         print(f"maskbeam: {error}. Run the same command to go on.", file=sys.stderr)
         return EXIT_FAILED
     print(f"{totals.images} images with {totals.masks} masks: {config.output}")
@@ -134,14 +138,8 @@ def run_import(config: ImportConfig) -> int:
 
 def _read(path: str) -> tuple[Any, SourceFile, str]:
     """A JSON file's content, itself and its sha256."""
-    with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-        data = file.read()
-    content = json.loads(data, parse_constant=_refuse_constant)
-    return content, SourceFile(absolute(path), len(data)), hashlib.sha256(data).hexdigest()
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"it has the number {name}, which JSON does not have")
+    data = read_json_bytes(path, MAX_COCO_BYTES)
+    return parse_json(data), SourceFile(absolute(path), len(data)), hashlib.sha256(data).hexdigest()
 
 
 def _check_image_ids(image_ids: list[str]) -> None:

@@ -1,8 +1,9 @@
 """Flags <-> dataclasses. The only file that knows argparse and PipelineOptions.
 
 What a subcommand was asked to do is a dataclass, its job, whose fields are config dataclasses. Every field of those is
-a flag of the same name, with the field's type and default; its help is the field's line in the class's docstring. So a
-default has one home, and a new parameter needs no code here.
+a flag of the same name, with the field's type and default; its help is the field's line in the class's docstring,
+and the docstring's first line is the title over the class's flags. So a default has one home, and a new parameter needs
+no code here.
 """
 
 from __future__ import annotations
@@ -23,31 +24,13 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from pipeline.graph import Job
 from transforms.amg import PROFILES, AmgConfig
 
-# Of a job's fields, over their flags in --help.
-_TITLES = {
-    "input": "input",
-    "read": "names inside shards",
-    "images": "images",
-    "model": "model",
-    "amg": "automatic mask generation (names and defaults of SAM's own generator)",
-    "output": "output",
-    "certificate": "sample, limit and output",
-    "plan": "workers, cost and output",
-    "dataflow": "Dataflow",
-    "export": "labels and output",
-    "imported": "annotations and output",
-    "evaluation": "labels, what they are held against, and output",
-    "refine": "labels and output",
-    "demo": "output",
-    "containment": "masks within masks",
-    "labels": "labels",
-    "sample": "sample",
-    "report": "report",
-}
-
 # Beam's "DirectRunner" first tries to download another runner's binary; this one is in the package and runs in process.
 _LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
 _LOCAL_RUNNER_NAMES = (None, "DirectRunner", "FnApiRunner")
+
+# A mistyped flag is taken for one that is as similar as this (difflib's ratio), but never for one that deletes.
+_SIMILARITY = 0.8
+_NEVER_SUGGESTED = ("--overwrite",)
 
 J = TypeVar("J")
 
@@ -75,15 +58,17 @@ def label_parser() -> argparse.ArgumentParser:
 def _job_parser(
     command: str, job: type, description: str, epilog: str | None = None, without: tuple[str, ...] = ()
 ) -> argparse.ArgumentParser:
-    """The parser of a subcommand. Groups of flags come in the order of the job's fields."""
+    """The parser of a subcommand: required flags first, then groups of flags in the order of the job's fields."""
     parser = _Parser(
         prog=f"maskbeam {command}",
         description=description,
         epilog=epilog,
         allow_abbrev=False,
+        add_help=False,
     )
-    for name, config in typing.get_type_hints(job).items():
-        group = parser.add_argument_group(_TITLES[name])
+    required = parser.add_argument_group("required")
+    for config in typing.get_type_hints(job).values():
+        group = parser.add_argument_group(_title(config))
         if config is AmgConfig:
             group.add_argument(
                 "--profile",
@@ -91,20 +76,33 @@ def _job_parser(
                 default="default",
                 help="parameters to start from: default is the reference's, sa1b what SA-1B was made with",
             )
-        _add_flags(group, config, without)
+        _add_flags(group, config, without, required=required)
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    shown = [f"{action.option_strings[0]} {action.metavar}" for action in parser._actions if action.required]
+    parser.usage = " ".join(["%(prog)s", *shown, "[flags]"])
     return parser
 
 
+def _title(config: type) -> str:
+    """What stands over the flags of a config class."""
+    return inspect.cleandoc(config.__doc__ or "").partition("\n")[0].rstrip(".")
+
+
 def _add_flags(
-    group: argparse._ArgumentGroup, config: Any, without: tuple[str, ...], show_defaults: bool = True
+    group: argparse._ArgumentGroup,
+    config: Any,
+    without: tuple[str, ...],
+    show_defaults: bool = True,
+    required: argparse._ArgumentGroup | None = None,
 ) -> None:
+    """Adds the fields of a config class as flags, those without a default to the group `required` if there is one."""
     helps = field_helps(config)
     hints = typing.get_type_hints(config)
     for field in fields(config):
         if field.name in without:
             continue
-        required = field.default is MISSING and field.default_factory is MISSING
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": required}
+        must = field.default is MISSING and field.default_factory is MISSING
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": must}
         told = helps[field.name] if show_defaults else helps[field.name].partition(" Default: ")[0]
         default = _default_help(field) if show_defaults else ""
         options["help"] = told.rstrip(".").replace("%", "%%") + default
@@ -116,7 +114,7 @@ def _add_flags(
             options["metavar"] = _metavar(field.name, hints[field.name], kind)
             if many:
                 options["nargs"] = "+"
-        group.add_argument(f"--{field.name}", **options)
+        (required if must and required else group).add_argument(f"--{field.name}", **options)
 
 
 def _default_help(field: Field[Any]) -> str:
@@ -296,10 +294,21 @@ def _check_beam_flags(flags: list[str], own_parser: argparse.ArgumentParser) -> 
 def _describe_unknown(argument: str, program: str, *parsers: argparse.ArgumentParser) -> str:
     """What to say of an argument that no parser knows, with the flag that was probably meant."""
     for parser in parsers:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        if close := difflib.get_close_matches(argument.partition("=")[0], flags, n=1):
-            return f"unknown argument {argument}: did you mean {close[0]}?"
+        if meant := _nearest_flag(argument, parser):
+            return f"unknown argument {argument}: did you mean {meant}?"
     return f"unknown argument {argument}: {program} --help lists all flags."
+
+
+def _nearest_flag(argument: str, parser: argparse.ArgumentParser) -> str | None:
+    """The one flag that an argument begins, or else the most similar one, if it is really close."""
+    if not argument.startswith("--"):
+        return None
+    given = "--" + argument[2:].partition("=")[0].replace("-", "_")
+    flags = [flag for action in parser._actions for flag in action.option_strings if flag not in _NEVER_SUGGESTED]
+    begun = [flag for flag in flags if flag.startswith(given)]
+    if len(begun) == 1:
+        return begun[0]
+    return next(iter(difflib.get_close_matches(given, flags, n=1, cutoff=_SIMILARITY)), None)
 
 
 def _subclasses(cls: type) -> list[Any]:

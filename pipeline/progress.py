@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,29 @@ def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
     return tqdm(items, dynamic_ncols=True, file=sys.stderr, disable=not sys.stderr.isatty(), **options)
 
 
+@dataclass(frozen=True)
+class ProgressConfig:
+    """What is shown while the command runs.
+
+    Attributes:
+      quiet: show no progress, only warnings and the result.
+    """
+
+    quiet: bool = False
+
+
 class Progress:
     """Shows how far the run is. Call update() now and then from one thread, close() at the end."""
 
-    def __init__(self, directory: Path, total_images: int | None, total_bytes: int, done_images: int, done_bytes: int):
+    def __init__(
+        self,
+        directory: Path,
+        total_images: int | None,
+        total_bytes: int,
+        done_images: int,
+        done_bytes: int,
+        config: ProgressConfig = ProgressConfig(),
+    ) -> None:
         """
         Args:
           directory: where the processes write.
@@ -49,7 +69,8 @@ class Progress:
         self._start = time.monotonic()
         self._printed = self._start
         self._bar: tqdm | None = None
-        if sys.stderr.isatty():
+        self._quiet = config.quiet
+        if sys.stderr.isatty() and not config.quiet:
             self._bar = progress_bar(initial=done_images, unit="image")
 
     @property
@@ -78,7 +99,7 @@ class Progress:
             self._bar.unit = "image" if self._exact_total is not None else "image (~total)"
             self._bar.update(done - self._bar.n)
             self._bar.refresh()
-        elif time.monotonic() - self._printed >= _LINE_INTERVAL:
+        elif not self._quiet and time.monotonic() - self._printed >= _LINE_INTERVAL:
             self._printed = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)
 

@@ -18,18 +18,19 @@ from apache_beam.io.filesystems import FileSystems
 from pipeline.identity import claim_output, versions
 from pipeline.options import UsageError, parse_changes
 from pipeline.progress import progress_bar
+from pipeline.results import describe_model
 from pipeline.run import EXIT_DONE, EXIT_FAILED
 from transforms.amg import CANDIDATE_SETTINGS, AmgConfig
 from transforms.containment import ContainmentConfig
 from transforms.labels import list_chunks, read_candidates, read_chunk, read_run
 from transforms.match import absolute
-from transforms.records import ChunkReport, LabeledChunk, Shard, Totals
+from transforms.records import ChunkReport, DamagedFile, LabeledChunk, Shard, Totals
 from transforms.refine import COLUMNS, refine_chunk
 from transforms.resume import committed_chunks, read_report
 from transforms.schema import chunk_to_tables
 from transforms.select import SelectionConfig
 from transforms.summary import SUMMARY_FILE, write_summary
-from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, OutputConfig, chunk_name, commit_tables
+from transforms.write import ANNOTATIONS_DIR, IMAGES_DIR, ChunkKey, OutputConfig, RunReplaced, chunk_name, commit_tables
 
 _DESCRIPTION = (
     "Chooses the masks anew from the candidates that `maskbeam label --keep_candidates` stored, without the model. "
@@ -94,12 +95,13 @@ def run_refine(job: RefineJob, changes: dict[str, Any]) -> int:
 
     Raises:
       UsageError: before anything is written, if the job cannot be done as asked.
+      DamagedFile: the labels are damaged.
     """
     labels, output = job.refine.labels, job.refine.output
     try:
         run = read_run(labels)
         config = change_settings(run, changes, labels)
-        sources = [_read_source(labels, shard, index) for shard, index in list_chunks(labels)]
+        sources = [_read_source(labels, chunk) for chunk in list_chunks(labels)]
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
     refined = {
@@ -113,11 +115,11 @@ def run_refine(job: RefineJob, changes: dict[str, Any]) -> int:
     try:
         totals = _refine_all(sources, config, job, refined)
         write_summary(totals, output, refined)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RunReplaced) as error:
         print(f"maskbeam: {error}", file=sys.stderr)
         print(f"What is committed in {output} stays; run the same command to go on.", file=sys.stderr)
         return EXIT_FAILED
-    print(_summary(totals, sum(source.totals.masks for source in sources), output))
+    print(_summary(totals, sum(source.totals.masks for source in sources), output, describe_model(run)))
     if not FileSystems.exists(FileSystems.join(labels, SUMMARY_FILE)):
         print(f"{labels} is not finished: this is what it has so far. Run again when there is more.")
     if totals.failed == totals.images:
@@ -145,13 +147,15 @@ def _refine_all(sources: list[ChunkReport], config: AmgConfig, job: RefineJob, r
 def _refine_and_commit(source: ChunkReport, config: AmgConfig, job: RefineJob, run: dict[str, Any]) -> ChunkReport:
     """One chunk of the new labels."""
     labels = job.refine.labels
-    images = read_chunk(labels, source.shard, source.index).images
-    candidates = read_candidates(labels, source.shard, source.index, COLUMNS)
+    key = ChunkKey(source.shard, source.index, source.generation)
+    images = read_chunk(labels, key).images
+    made_with = AmgConfig.from_dict(run["refined_from"]["label_settings"])
+    candidates = read_candidates(labels, key, images, COLUMNS, made_with)
     refined = tuple(refine_chunk(images, candidates, config, job.containment))
     shard = Shard(source.shard, images["shard"][0].as_py() if len(images) else "", format="", files=())
     chunk = LabeledChunk(shard, source.index, refined, source.final, _digest(source))
     totals = replace(chunk.totals(), encoded_bytes=source.totals.encoded_bytes)
-    report = replace(source, digest=chunk.digest, totals=totals, run_id=run["id"])
+    report = replace(source, digest=chunk.digest, totals=totals, run_id=run["id"], generation=0)
     annotations, image_rows = chunk_to_tables(chunk, report, run)
     tables = {ANNOTATIONS_DIR: annotations, IMAGES_DIR: image_rows}
     commit_tables(tables, chunk_name(source.shard, source.index), job.refine.output, run)
@@ -163,13 +167,13 @@ def _digest(source: ChunkReport) -> str:
     return hashlib.sha256(json.dumps(asdict(source), sort_keys=True).encode()).hexdigest()
 
 
-def _read_source(labels: str, shard: str, index: int) -> ChunkReport:
+def _read_source(labels: str, chunk: ChunkKey) -> ChunkReport:
     """The report of a chunk of the labels."""
-    report = read_report(labels, shard, index)
+    report = read_report(labels, chunk.shard, chunk.index, chunk.generation)
     if report is None:
-        raise ValueError(
-            f"{FileSystems.join(labels, IMAGES_DIR, chunk_name(shard, index))} is damaged. Delete it, and run the "
-            "`maskbeam label` that made it again."
+        raise DamagedFile(
+            f"{FileSystems.join(labels, IMAGES_DIR, chunk.file_name)} is damaged: its footer has no report. "
+            "Delete it, and run the command that made it again."
         )
     return report
 
@@ -186,14 +190,14 @@ def _refuse_strays(sources: list[ChunkReport], labels: str, output: str) -> None
                 )
 
 
-def _summary(totals: Totals, masks_before: int, output: str) -> str:
+def _summary(totals: Totals, masks_before: int, output: str, model: str) -> str:
     dropped = ", ".join(f"{name} {count}" for name, count in vars(totals.dropped).items() if count)
     directory = output.rstrip("/")
     return (
         f"{totals.images} images: {totals.labeled} labeled, {totals.empty} empty, {totals.failed} failed\n"
         f"{totals.masks} masks, {masks_before} before, of {totals.candidates} candidates"
         + (f" (dropped: {dropped})" if dropped else "")
-        + f"\nlabels: {directory}/annotations/*.parquet, {directory}/images/*.parquet"
+        + f"\nmodel: {model}\nlabels: {directory}/annotations/*.parquet, {directory}/images/*.parquet"
     )
 
 

@@ -17,13 +17,10 @@ from pipeline.dataflow import IMAGE_MODELS, is_dataflow, makes_template, prepare
 from pipeline.graph import Job, build
 from pipeline.interruption import when_interrupted
 from pipeline.options import UsageError
-from transforms.embedded import embedded_presets
+from transforms.embedded import HUB_SCHEMES, check_model_name, embedded_presets
 from transforms.match import absolute
 from transforms.segment import LoadSam
 from transforms.write import METRICS_NAMESPACE
-
-# Presets that KerasHub would download, each worker for itself.
-_HUB_SCHEMES = ("kaggle", "hf", "modelscope")
 
 
 class JobFailed(RuntimeError):
@@ -71,7 +68,7 @@ def _reachable_model(model: str, options: PipelineOptions) -> str:
     if model in embedded_presets():
         return model
     scheme = FileSystems.get_scheme(model)
-    exists = scheme not in _HUB_SCHEMES and FileSystems.exists(FileSystems.join(model, "config.json"))
+    exists = scheme not in HUB_SCHEMES and FileSystems.exists(FileSystems.join(model, "config.json"))
     if exists and scheme is None and is_dataflow(options) and not absolute(model).startswith(IMAGE_MODELS):
         models = _models_directory(options)
         raise ValueError(
@@ -81,11 +78,12 @@ def _reachable_model(model: str, options: PipelineOptions) -> str:
         )
     if exists:
         return absolute(model)
-    if scheme not in _HUB_SCHEMES and "/" in model:
+    if scheme not in HUB_SCHEMES and "/" in model:
         hint = ""
         if model.startswith(IMAGE_MODELS):
             hint = " The launcher reads the model, too: one that only the image has is for the flex template."
         raise ValueError(f"there is no model at {model}: expected a KerasHub preset, with a config.json in it.{hint}")
+    check_model_name(model)
     name = _base_name(model)
     to_bucket = is_dataflow(options)
     models = _models_directory(options) if to_bucket else ""

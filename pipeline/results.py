@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.options import UsageError
+from transforms.embedded import DEMO_MODEL, hub_presets
 from transforms.match import absolute
 from transforms.summary import replace_file, write_json
 
@@ -59,6 +60,33 @@ def escape_controls(text: str) -> str:
     a\x1b[2J
     """
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def describe_model(run: dict[str, Any]) -> str:
+    """The model that made labels, by the name that --model was given.
+
+    Args:
+      run: content of run.json.
+
+    >>> describe_model({"model": "sam_tiny"}), describe_model({"model": None})
+    ('sam_tiny', 'none (imported)')
+    """
+    return escape_controls(str(run.get("model") or "none (imported)"))
+
+
+def describe_default_model(argv: Sequence[str]) -> str:
+    """Which model works if the flags name none, in a line: people take it for SAM and label a dataset with it.
+
+    Returns:
+      nothing if they name one.
+    """
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    if any(flag.partition("=")[0] == "--model" for flag in own):
+        return ""
+    return (
+        f"maskbeam: without --model this uses the embedded demo model {DEMO_MODEL}: good for trying things, not for "
+        f"labeling a dataset. For that give --model {'|'.join(hub_presets())}"
+    )
 
 
 def write_result(path: str | None, content: dict[str, Any]) -> None:

@@ -17,14 +17,12 @@ import threading
 import time
 import traceback
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import apache_beam as beam
 from apache_beam.io.filesystem import BeamIOError
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability import python_urns
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
@@ -36,14 +34,16 @@ from pipeline.interruption import when_interrupted
 from pipeline.options import UsageError, runs_locally
 from pipeline.progress import Progress
 from pipeline.remote import JobFailed, prepare, run_elsewhere
-from pipeline.results import escape_controls, format_some
+from pipeline.results import describe_model, escape_controls, format_some
+from pipeline.settle import Settled, finish, settle
 from pipeline.starts import announce_start, withdraw_start
+from transforms.embedded import PresetError, check_model_name
 from transforms.match import Matched, check_output, match_shards
-from transforms.records import ChunkReport, Shard, Totals
-from transforms.resume import InputChanged, check_directories, committed_chunks, count_orphans, finished_reports
+from transforms.records import Totals
+from transforms.resume import InputChanged
 from transforms.segment import LoadSam, ModelBroken, load_model, use_backend
 from transforms.source import describe_error
-from transforms.summary import SUMMARY_FILE, read_json
+from transforms.summary import read_totals
 from transforms.write import RunReplaced, TooManyFailures
 
 EXIT_DONE = 0
@@ -56,14 +56,15 @@ _POLL_SECONDS = 0.2
 PROGRESS_DIR = "progress"
 
 # These say all there is to say; for others the stack trace is shown, too.
-_EXPECTED_ERRORS = (InputChanged, JobFailed, ModelBroken, RunReplaced, TooManyFailures, OSError)
-
-# Footers of committed chunks that are read at the same time: on object stores it is waiting that takes the time.
-_FOOTER_THREADS = 16
+_EXPECTED_ERRORS = (InputChanged, JobFailed, ModelBroken, PresetError, RunReplaced, TooManyFailures, OSError)
 
 
-def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) -> int:
+def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model, notice: str = "") -> int:
     """Labels the input and prints a summary.
+
+    Args:
+      load: makes the model; tests give a fake.
+      notice: printed once the job is known to be possible.
 
     Returns:
       the exit code.
@@ -75,6 +76,7 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) ->
     try:
         if not local or job.dataflow.gpu is not None:
             job = prepare(job, options)
+        check_model_name(job.model.model)  # at once: looking at the input may take a while
         matched = match_shards(job.input, job.read)
         check_output(job.input, job.output.output)
         use_backend(default_backend())
@@ -84,9 +86,9 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) ->
     run = describe_run(job, matched.root)
     run = claim_output(job.output.output, run, job.output.overwrite)
     try:
-        done = _done_before(job, matched, run)
+        settled = settle(job, matched, run)
         note, others = announce_start(job.output.output)
-    except (InputChanged, OSError) as error:
+    except (InputChanged, RunReplaced, OSError) as error:
         print(f"maskbeam: {describe_error(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return EXIT_FAILED
     for other in others:
@@ -95,20 +97,22 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model) ->
             "do the work twice.",
             file=sys.stderr,
         )
+    if notice:
+        print(notice, file=sys.stderr)
     stays = f"What is committed in {job.output.output} stays; run the same command to go on."
     with when_interrupted(lambda: withdraw_start(note), stays):
         try:
-            return _label(job, options, run, matched, done, load)
+            return _label(job, options, settled, matched, load)
         finally:
             withdraw_start(note)
 
 
-def _label(
-    job: Job, options: PipelineOptions, run: dict[str, Any], matched: Matched, done: Totals, load: LoadSam
-) -> int:
+def _label(job: Job, options: PipelineOptions, settled: Settled, matched: Matched, load: LoadSam) -> int:
     """Runs the pipeline and tells how it ended; returns the exit code."""
-    local = runs_locally(options)
-    outcome = _run_here(job, options, run, matched, done, load) if local else _run_remotely(job, options, run, load)
+    if runs_locally(options):
+        outcome = _run_here(job, options, settled.run, matched, settled.done, load)
+    else:
+        outcome = _run_remotely(job, options, settled.run, load)
     if outcome.error is not None:
         expected, message = _expected(outcome.error)
         if not expected:
@@ -118,12 +122,17 @@ def _label(
         return EXIT_FAILED
     if makes_template(options):
         return EXIT_DONE
-    totals = Totals.from_dict(
-        {k: v for k, v in read_json(FileSystems.join(job.output.output, SUMMARY_FILE)).items() if k != "versions"}
-    )
-    print(summary(totals, outcome, matched.ignored, job.output.output))
-    if orphans := count_orphans(committed_chunks(job.output.output), matched.shards):
-        print(f"{orphans} chunks in {job.output.output} are of inputs that are not there any more; their rows stay")
+    totals = read_totals(job.output.output)
+    print(summary(totals, outcome, matched.ignored, job.output.output, describe_model(settled.run)))
+    for note in settled.notes:
+        print(escape_controls(note))
+    try:
+        gap = finish(job, settled, totals)
+    except RunReplaced as error:  # it tidies up, too
+        gap = str(error)
+    if gap is not None:
+        print(f"maskbeam: {gap}", file=sys.stderr)
+        return EXIT_FAILED
     if totals.failed == totals.images:
         print(f"maskbeam: {describe_no_result(totals)}", file=sys.stderr)
         return EXIT_FAILED
@@ -174,23 +183,6 @@ class _LocalRunner(FnApiRunner):
                 known = f": > {shlex.quote(str(self._progress_dir))}/$$ || exit 1; trap '' INT TERM; exec "
                 environment.payload = known.encode() + environment.payload
         return super().run_via_runner_api(pipeline_proto, options)
-
-
-def _done_before(job: Job, matched: Matched, run: dict[str, Any]) -> Totals:
-    """What earlier starts committed, of the input as it is now.
-
-    Raises:
-      InputChanged: it is not what was labeled.
-    """
-    committed = committed_chunks(job.output.output, job.amg.keep_candidates)
-    check_directories(committed, matched.shards)
-
-    def reports_of(shard: Shard) -> list[ChunkReport]:
-        return finished_reports(shard, matched.root, committed.get(shard.name, []), job.output, run["id"])
-
-    with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
-        reports = [report for found in threads.map(reports_of, matched.shards) for report in found]
-    return sum((report.totals for report in reports), Totals())
 
 
 def _run_here(
@@ -280,7 +272,7 @@ def _make_progress(job: Job, matched: Matched, done: Totals, progress_dir: Path)
     if not countable and job.input.limit is not None:
         total_images = job.input.limit
     total_bytes = sum(shard.num_bytes for shard in matched.shards)
-    return Progress(progress_dir, total_images, total_bytes, done.images, done.encoded_bytes)
+    return Progress(progress_dir, total_images, total_bytes, done.images, done.encoded_bytes, job.progress)
 
 
 def _expected(error: BaseException) -> tuple[bool, str]:
@@ -311,7 +303,7 @@ def describe_no_result(totals: Totals) -> str:
     )
 
 
-def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output: str) -> str:
+def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output: str, model: str) -> str:
     """What the command prints at the end."""
     lines = [
         f"{totals.images} images: {totals.labeled} labeled, {totals.empty} empty, {totals.failed} failed",
@@ -335,5 +327,6 @@ def summary(totals: Totals, outcome: _Outcome, ignored: tuple[str, ...], output:
     seconds = ", ".join(f"{name} {value:.1f}" for name, value in vars(totals.seconds).items())
     lines.append(f"seconds in {seconds}")
     directory = output.rstrip("/")
+    lines.append(f"model: {model}")
     lines.append(f"labels: {directory}/annotations/*.parquet, {directory}/images/*.parquet")
     return "\n".join(lines)

@@ -24,8 +24,8 @@ from pipeline.report_writer import (
     write_images,
     write_page,
 )
+from pipeline.results import describe_model
 from pipeline.run import EXIT_DONE, EXIT_FAILED
-from transforms import rle
 from transforms.draw import draw_masks
 from transforms.images import ImageConfig
 from transforms.labels import ChunkTables, list_chunks, read_chunk, read_image_ids, read_run
@@ -132,7 +132,7 @@ def run_view(job: ViewJob) -> int:
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     images = ImageConfig(run.get("exif", "apply"), run.get("max_pixels", ImageConfig.max_pixels))
-    chunks = _with_progress((read_chunk(job.labels.labels, *chunk) for chunk in listed), num_images)
+    chunks = _with_progress((read_chunk(job.labels.labels, chunk) for chunk in listed), num_images)
     try:
         if job.report.png:
             return _write_pictures(chunks, ids, photos, images, output)
@@ -207,37 +207,12 @@ def _with_progress(chunks: Iterator[ChunkTables], num_images: int) -> Iterator[C
             bar.update(chunk.images.num_rows)
 
 
-def _rows(chunks: Iterator[ChunkTables]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Each image's row, with its masks' rows.
-
-    Raises:
-      ValueError: a mask is damaged. What decodes RLE does not check, and would write where it should not.
-    """
-    for chunk in chunks:
-        for row, masks in chunk.rows():
-            for mask in masks:
-                _check_mask(mask, row)
-            yield row, masks
-
-
-def _check_mask(mask: dict[str, Any], image: dict[str, Any]) -> None:
-    size = mask["segmentation"]["size"]
-    try:
-        if size != [image["height"], image["width"]]:
-            raise ValueError(f"its size is {size}, the image's {[image['height'], image['width']]}")
-        rle.check_counts(mask["segmentation"]["counts"], (image["height"], image["width"]))
-    except ValueError as error:
-        raise ValueError(
-            f"mask {mask['mask_index']} of {image['image_id']} is damaged: {error}. Label again."
-        ) from error
-
-
 def _write_pictures(
     chunks: Iterator[ChunkTables], ids: Collection[str], photos: Photos, config: ImageConfig, output: Path
 ) -> int:
     """One PNG an image that was decoded, named by its id."""
     written = 0
-    for row, masks in _rows(chunks):
+    for row, masks in (pair for chunk in chunks for pair in chunk.rows()):
         if row["image_id"] not in ids:
             continue
         shown = ShownImage(row, masks, photos.read(row))
@@ -274,7 +249,7 @@ def _write_report(
     failures: list[dict[str, Any]] = []
 
     def shown_images() -> Iterator[ShownImage]:
-        for row, masks in _rows(chunks):
+        for row, masks in (pair for chunk in chunks for pair in chunk.rows()):
             statistics.add_image(row, masks)
             if row["status"] == "failed" and len(failures) < _MAX_FAILURES:
                 failures.append({name: row[name] for name in ("image_id", "error_stage", "error")})
@@ -291,6 +266,7 @@ def _write_report(
         "images": lines,
     }
     write_page(index, output)
+    print(f"model: {describe_model(run)}")
     print(f"report of {len(lines)} of {statistics.statuses.total()} images: {output / 'index.html'}")
     if missing := sum(line["problem"] for line in lines):
         print(

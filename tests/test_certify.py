@@ -134,7 +134,8 @@ def test_the_table_lists_what_failed_and_what_changed(
 ) -> None:
     certify("--input", four_photos, "--json", result)
     best_iou = json.loads(result.read_text())["summary"]["mean_best_iou"]
-    failed, changed, *table, verdict = capsys.readouterr().out.splitlines()
+    model, failed, changed, *table, verdict = capsys.readouterr().out.splitlines()
+    assert model == "model: sam_tiny"
     assert failed.startswith("failed broken.png: decode: cannot decode this PNG")
     assert changed == "changed 1.png: 48 masks in float32, 45 in bfloat16 (3 lost, 0 new)"
     assert [" ".join(line.split()) for line in table] == [
@@ -229,7 +230,7 @@ def test_the_default_needs_59_images_without_a_change_or_93_with_one(
         (["--max_changed", "0"], "no sample shows that no image at all changes"),
         (["--json", ""], "--json is empty"),
         (["--json", "{photos}"], "cannot write --json"),
-        (["--model", "no_such_model"], "cannot find model no_such_model"),
+        (["--model", "no_such_model"], "there is no model no_such_model"),
         (["--points_per_sde", "8"], "unknown argument --points_per_sde: did you mean --points_per_side?"),
         (["--runner", "DirectRunner"], "unknown argument --runner: maskbeam certify --help lists all flags."),
         (["--chunk_size", "8"], "unknown argument --chunk_size"),  # it would do nothing
@@ -316,6 +317,7 @@ def test_what_cannot_be_read_is_counted(tmp_path: Path, result: Path) -> None:
 # The real model.
 
 
+@pytest.mark.processes
 def test_the_real_model_in_bfloat16(tmp_path: Path, result: Path) -> None:
     case = read_case("blobs_97x151.clean")
     for name in (case["photo"], "blobs_160x120.png"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import re
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ COMMANDS = list(cli._COMMANDS)
 SHARED = {
     "--labels": "directory of labels, as `label",
     "--output": "directory of|file for coco",
-    "--overwrite": "delete (the labels|what) .*an earlier (run|export) left in output and start anew",
+    "--overwrite": "(delete the labels that an earlier run left in|replace the files that an earlier export wrote)",
     "--json": "file for the whole (result|plan).*, on any Beam file system; replaced if it exists",
     "--seed": "another one draws",
 }
@@ -64,7 +65,39 @@ def test_an_interrupt_is_told_in_a_line(
     assert capsys.readouterr().err == "maskbeam: interrupted\n"
 
 
-@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["-h"], 0), (["lable"], 2)])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_command_is_command_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = help_of(command, capsys)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["help", command])
+    assert ended.value.code == 0 and capsys.readouterr().out == expected
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"maskbeam {importlib.metadata.version('maskbeam')}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["lable"], "did you mean label? "),
+        (["exprot"], "did you mean export? "),
+        (["help", "evalute"], "did you mean evaluate? "),
+        (["--verbose"], ""),
+        (["xyz"], ""),
+    ],
+)
+def test_a_mistyped_command_is_refused_with_the_one_that_was_meant(
+    argv: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"maskbeam: unknown command {argv[-1]}: {meant}Commands: {', '.join(COMMANDS)}\n"
+
+
+@pytest.mark.parametrize(("argv", "code"), [([], 2), (["--help"], 0), (["-h"], 0), (["help"], 0), (["lable"], 2)])
 def test_the_program_lists_its_commands(argv: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == code
     printed = "".join(capsys.readouterr())

@@ -29,12 +29,11 @@ from pipeline.options import UsageError
 from tests.conftest import EVENT_SECONDS
 from tests.memory_store import STORE
 from tests.test_write import MASK, SHARD, chunk_of, failed, labeled
-from transforms.read import chunk_digest
 from transforms.records import LabeledChunk, Seconds, Totals
-from transforms.resume import committed_chunks, finished_reports, read_report
+from transforms.resume import committed_chunks, finished_reports, list_tables, read_report
 from transforms.schema import RUN_KEY
 from transforms.summary import read_json, write_json, write_summary
-from transforms.write import OutputConfig, RunReplaced, chunk_name, commit_chunk
+from transforms.write import ChunkKey, RunReplaced, chunk_name, commit_chunk
 
 OUTPUT = "mem://bucket/labels"
 RUN: dict[str, Any] = {"root": "/a", "model_fingerprint": "f", "amg": {}, "versions": {}}
@@ -369,11 +368,12 @@ def test_nothing_is_committed_into_a_directory_that_was_deleted() -> None:
 
 def test_a_chunk_of_another_run_is_not_taken_for_finished() -> None:
     start_from(OLD)
-    shard = replace(SHARD)
-    commit_chunk(replace(NEW, digest=chunk_digest(shard, "/a")), OUTPUT, CLAIMED)
-    config = OutputConfig(OUTPUT)
-    assert [report.index for report in finished_reports(shard, "/a", [0], config, "1")] == [0]
-    assert finished_reports(shard, "/a", [0], config, "2") == []
+    shard = replace(SHARD, digest=NEW.digest)
+    commit_chunk(NEW, OUTPUT, CLAIMED)
+    keys = [ChunkKey(SHARD.name, 0)]
+    assert [report.index for report in finished_reports(shard, keys, OUTPUT, "1")] == [0]
+    assert finished_reports(shard, keys, OUTPUT, "2") == []
+    assert finished_reports(replace(shard, digest="d2"), keys, OUTPUT, "1") == []
 
 
 # Two starts at once. Each takes a step when the schedule says so; a step is a request.
@@ -435,20 +435,18 @@ NUM_CHUNKS = 2
 
 def do_start(schedule: Schedule, name: str, iou: float, overwrite: bool = False) -> str:
     """What a start does to the output, without a pipeline: claim, look for what is done, commit the rest, sum up."""
-    digest = chunk_digest(SHARD, "/a")
     mask = replace(MASK, predicted_iou=iou)
     (other,) = {"x", "y"} - {name}
     try:
         run = claim_output(OUTPUT, {**RUN, "amg": {"pred_iou_thresh": iou}}, overwrite)
-        done = finished_reports(
-            SHARD, "/a", committed_chunks(OUTPUT).get(SHARD.name, []), OutputConfig(OUTPUT), run["id"]
-        )
+        shard = replace(SHARD, digest="d1")
+        done = finished_reports(shard, list_tables(OUTPUT).committed(), OUTPUT, run["id"])
         for index in sorted(set(range(NUM_CHUNKS)) - {report.index for report in done}):
             while other in schedule.publishing:  # labeling a chunk takes longer than the few requests of a commit
                 schedule.step()
             image = replace(labeled(index), masks=(mask,))
             schedule.committing.add(name)
-            commit_chunk(replace(chunk_of(image, index=index), digest=digest), OUTPUT, run)
+            commit_chunk(chunk_of(image, index=index), OUTPUT, run)
             schedule.committing.discard(name)
             schedule.publishing.discard(name)
         write_summary(Totals(images=NUM_CHUNKS), OUTPUT, run)

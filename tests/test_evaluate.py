@@ -23,6 +23,7 @@ from tests.cocoeval import cocoeval_recall
 from tests.conftest import Labels, label, photo_bytes, read_labels, write_photos
 from tests.test_read import tar_bytes
 from transforms.recall import AREA_RANGES, MAX_PROPOSALS
+from transforms.write import ChunkKey
 
 SIZE = [48, 64]  # of the photos
 
@@ -207,7 +208,7 @@ def test_a_failed_image_counts_without_masks_and_is_named(
 ) -> None:
     result = tmp_path / "result.json"
     evaluate("--labels", labels, "--truth", write_truth(photos_truth()), "--json", result)
-    assert capsys.readouterr().out.splitlines()[0].startswith("failed broken.png: decode: cannot decode this PNG")
+    assert capsys.readouterr().out.splitlines()[1].startswith("failed broken.png: decode: cannot decode this PNG")
     content = json.loads(result.read_text())
     assert list(content["failed"]) == ["broken.png"]
     (row,) = [row for row in content["images"] if row["image_id"] == "broken.png"]
@@ -219,7 +220,8 @@ def test_the_table_has_what_the_json_has(
 ) -> None:
     result = tmp_path / "result.json"
     evaluate("--labels", labels, "--truth", write_truth(photos_truth()), "--json", result, "--seed", "5")
-    _, counts, settings, blank, *table = capsys.readouterr().out.splitlines()
+    model, _, counts, settings, blank, *table = capsys.readouterr().out.splitlines()
+    assert model == "model: sam_tiny"
     content = json.loads(result.read_text())
     summary = content["summary"]
     assert counts == f"7 images, {summary['masks']} masks, 24 objects; 6 crowd regions ignored"
@@ -377,12 +379,12 @@ def break_ids(truth: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "code", "told"),
     [
-        (break_size, "2.png has the size (48, 64) (H, W) in the labels and (64, 64) in the truth"),
-        (break_polygon, "cannot use the truth: annotation 8 of 1.png: polygons of [4] numbers"),
-        (break_ids, "two annotation records have the id 3"),
-        (dict.clear, 'no list "images"'),
+        (break_size, 2, "2.png has the size (48, 64) (H, W) in the labels and (64, 64) in the truth"),
+        (break_polygon, 1, "truth.json: annotation 8 of 1.png: polygons of [4] numbers"),
+        (break_ids, 1, "two annotation records have the id 3"),
+        (dict.clear, 1, 'no list "images"'),
     ],
 )
 def test_a_truth_that_does_not_fit_is_an_error(
@@ -390,11 +392,12 @@ def test_a_truth_that_does_not_fit_is_an_error(
     write_truth: Callable[[Any], Path],
     capsys: pytest.CaptureFixture[str],
     change: Callable[[Any], None],
+    code: int,
     told: str,
 ) -> None:
     truth = photos_truth()
     change(truth)
-    assert evaluate("--labels", labels, "--truth", write_truth(truth)) == 2
+    assert evaluate("--labels", labels, "--truth", write_truth(truth)) == code
     assert told in capsys.readouterr().err
 
 
@@ -561,7 +564,7 @@ def test_labels_whose_common_images_all_failed_fail(
 
 
 def name_of(image_id: str, file_name: str | None = None, sha256: str | None = None) -> ImageName:
-    return ImageName(image_id, file_name, sha256, ("shard", 0))
+    return ImageName(image_id, file_name, sha256, ChunkKey("shard", 0))
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_the_steps_are_those_of_the_design(graph: Any) -> None:
     steps = graph.components.transforms
     (root,) = graph.root_transform_ids
     names = [steps[step].unique_name for step in steps[root].subtransforms]
-    assert names == ["MatchShards", "ReadChunks", "GenerateMasks", "WriteParquet", "Summarize"]
+    assert names == ["ReadManifest", "ReadChunks", "GenerateMasks", "WriteParquet", "Summarize"]
     assert len({step.unique_name for step in steps.values()}) == len(steps)
 
 
@@ -61,7 +61,7 @@ def test_only_paths_and_totals_are_shuffled(graph: Any) -> None:
         for step in graph.components.transforms.values()
         if step.spec.urn == beam.portability.common_urns.primitives.GROUP_BY_KEY.urn
     ]
-    assert {name.partition("/")[0] for name in shuffles} == {"MatchShards", "Summarize"}
+    assert {name.partition("/")[0] for name in shuffles} == {"ReadManifest", "Summarize"}
 
 
 EVENTS: list[str] = []

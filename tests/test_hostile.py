@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import pytest
 import zstandard
 from PIL import Image
 
+from pipeline.options import UsageError
 from tests.conftest import label, photo_bytes, read_labels, write_photos
 from tests.test_label import contents
 from tests.test_read import (
@@ -39,8 +41,11 @@ from tests.test_read import (
 )
 from transforms import images as images_module
 from transforms import source
+from transforms.check_preset import check_preset
+from transforms.embedded import PresetError
 from transforms.images import ImageConfig, ImageError, decode_image
 from transforms.parquet_footer import schema_depth
+from transforms.segment import load_model
 
 ROOT = Path(__file__).parents[1]
 MB = 2**20
@@ -378,13 +383,11 @@ def hostile_preset(folder: Path, evil: dict[str, Any], file: str, place: str) ->
 def test_a_preset_that_names_other_code_is_refused_and_nothing_runs(
     evil: Callable[[Path], dict[str, Any]], place: str, file: str, tmp_path: Path
 ) -> None:
-    from transforms.sam import load_sam
-
     marker = tmp_path / "ran"
     named = evil(marker)["class_name"]
     preset = hostile_preset(tmp_path / "preset", evil(marker), file, place)
-    with pytest.raises(ValueError, match=rf"cannot load model .*its {file} names .*{named}.*Nothing of it was run"):
-        load_sam(str(preset))
+    with pytest.raises(PresetError, match=rf"cannot load model .*its {file} names .*{named}.*Nothing of it was run"):
+        check_preset(str(preset))
     assert not marker.exists()
 
 
@@ -409,11 +412,121 @@ except ValueError as error:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("content", ['{"model_type": "sam"}', "[]", '{"class_name": "SAMBackbone"}', "[" * 100_000])
-def test_a_preset_that_describes_no_model_of_keras_is_refused(content: str, tmp_path: Path) -> None:
-    from transforms.sam import load_sam
+@pytest.mark.parametrize("content", ['{"model_type": "sam"}', "[]", '{"class_name": "SAMBackbone"', "[" * 100_000])
+def test_a_preset_that_describes_no_model_of_keras_is_refused(content: str, copied_preset: Path) -> None:
+    (copied_preset / "config.json").write_text(content)
+    with pytest.raises(
+        PresetError, match=r"cannot load model .*: its config\.json (describes no Keras model|is no JSON)"
+    ):
+        check_preset(str(copied_preset))
 
-    preset = Path(shutil.copytree(PRESET, tmp_path / "preset"))
-    (preset / "config.json").write_text(content)
-    with pytest.raises(ValueError, match="cannot load model"):
-        load_sam(str(preset))
+
+@pytest.fixture
+def copied_preset(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(PRESET, tmp_path / "preset"))
+
+
+PRESET_FILES = ["config.json", "task.json", "model.weights.h5", "task.weights.h5"]
+
+
+@pytest.mark.parametrize("name", PRESET_FILES)
+@pytest.mark.parametrize("kind", ["device", "pipe", "directory", "dangling link", "socket"])
+def test_a_preset_is_made_of_regular_files(kind: str, name: str, copied_preset: Path) -> None:
+    file = copied_preset / name
+    file.unlink(missing_ok=True)
+    if kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "directory":
+        file.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(os.path.relpath(file))  # their names must be short
+    else:
+        file.symlink_to("nowhere")
+    with bounded(MB, seconds=2), pytest.raises(PresetError, match=rf"its {name} (is no regular file|cannot be read)"):
+        check_preset(str(copied_preset))
+
+
+def test_a_preset_of_links_to_regular_files_is_taken(copied_preset: Path, tmp_path: Path) -> None:
+    """As in the caches of hubs."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in copied_preset.iterdir():
+        (linked / file.name).symlink_to(file)
+    assert check_preset(str(linked)) == [str(linked / "config.json"), str(linked / "model.weights.h5")]
+
+
+@pytest.mark.parametrize(("name", "size"), [("config.json", 2**30), ("task.json", 2**23), ("model.weights.h5", 2**40)])
+def test_a_file_of_a_preset_that_is_too_large_is_not_read(name: str, size: int, copied_preset: Path) -> None:
+    with open(copied_preset / name, "ab") as file:
+        file.truncate(size)
+    with bounded(MB, seconds=2), pytest.raises(PresetError, match=f"its {name} has {size} bytes, more than"):
+        check_preset(str(copied_preset))
+
+
+@pytest.mark.parametrize("file", ["config.json", "task.json"])
+@pytest.mark.parametrize(
+    "change", [{"hidden_size": 10**6}, {"num_layers": 10**9}, {"intermediate_dim": 10**9}, {"image_shape": [10**6] * 3}]
+)
+def test_a_model_larger_than_its_weights_is_not_built(change: dict[str, Any], file: str, copied_preset: Path) -> None:
+    config = json.loads((copied_preset / file).read_text())
+    part = config["config"]["backbone"] if file == "task.json" else config
+    part["config"]["image_encoder"]["config"].update(change)
+    (copied_preset / file).write_text(json.dumps(config))
+    with pytest.raises(PresetError, match=f"its {file} describes a larger model than its weights are of"):
+        check_preset(str(copied_preset))
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04"])
+def test_weights_that_are_no_hdf5_are_refused(content: bytes, copied_preset: Path) -> None:
+    (copied_preset / "model.weights.h5").write_bytes(content)
+    with pytest.raises(PresetError, match=r"its model\.weights\.h5 is no HDF5 file"):
+        check_preset(str(copied_preset))
+
+
+def test_a_preset_without_weights_is_refused(copied_preset: Path) -> None:
+    (copied_preset / "model.weights.h5").unlink()
+    with pytest.raises(PresetError, match=r"its weights .* are missing"):
+        check_preset(str(copied_preset))
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({"a": "../elsewhere.h5"}, "a file elsewhere"),
+        ({"a": ["/dev/zero"]}, "a file elsewhere"),
+        ({"a": 7}, "a file elsewhere"),
+        ({"a": "none.h5"}, "missing or not complete"),
+        ({}, "missing or not complete"),
+        ([], "lists no files"),
+    ],
+)
+def test_an_index_of_weights_names_only_files_of_the_preset(index: Any, words: str, copied_preset: Path) -> None:
+    (copied_preset / "model.weights.h5").rename(copied_preset.parent / "elsewhere.h5")
+    (copied_preset / "model.weights.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(PresetError, match=words):
+        check_preset(str(copied_preset))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.weights.h5"])
+def test_a_hostile_preset_ends_label_in_a_sentence_before_anything_is_written(
+    name: str, copied_preset: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copied_preset / name).unlink()
+    (copied_preset / name).symlink_to("/dev/zero")
+    with pytest.raises(UsageError, match=f"its {name} is no regular file"):
+        label("--input", write_photos(tmp_path / "data", 1), "--output", output, "--model", copied_preset)
+    assert not output.exists()
+
+
+def test_weights_of_another_model_end_label_in_a_sentence(
+    copied_preset: Path, tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only Keras can see that, when it builds the model."""
+    shutil.copy(ROOT / "transforms" / "presets" / "sam_tiny" / "model.weights.h5", copied_preset)
+    data = write_photos(tmp_path / "data", 1)
+    assert label("--input", data, "--output", output, "--model", copied_preset, load=load_model) == 1
+    printed = capsys.readouterr().err
+    assert f"maskbeam: cannot load model {copied_preset}: " in printed and "Traceback" not in printed

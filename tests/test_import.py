@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from pipeline import cli
+from pipeline import cli, import_coco
 from tests.conftest import label, photo_bytes, read_labels, write_photos
 from tests.test_read import images_tar
 from transforms.labels import read_chunks, read_run
@@ -243,10 +243,17 @@ def changed(kind: str, index: int, **values: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("{", "Expecting property name"),
+        ("{", "it is not JSON: Expecting property name enclosed in double quotes at line 1, column 2"),
+        ("", "it is not JSON: it begins with b'', not with"),
+        ("a text about photos", "it is not JSON: it begins with b'a text about photos'"),
+        ('["a"] b', "it is not JSON: Extra data at line 1, column 7"),
+        ('{"a": "\udcff"}', "it is not JSON: byte 7 is no UTF-8"),
+        ('{"info": 1e999}', "it has the number 1e999, which is too large"),
+        ('{"info": ' + "9" * 5000 + "}", "it has a whole number of thousands of digits"),
+        ('{"info": ' + "[" * 100_000 + "]" * 100_000 + "}", "it nests more than 64 levels deep"),
+        ('{"info": ' + "[" * 100 + "]" * 100 + "}", "it nests more than 64 levels deep"),
         ('{"a": NaN}', "it has the number NaN"),
-        ("3", "no list of image records"),
-        ("[]", "say with --images_from"),
+        ("3", "not JSON"),
         ({}, "no list of image records"),
         (instances(categories=None), "no list of category records"),
         (instances(annotations={}), "no list of annotation records"),
@@ -259,6 +266,18 @@ def changed(kind: str, index: int, **values: Any) -> dict[str, Any]:
         (changed("images", 1, file_name="\ud800"), "has file_name"),
         (changed("images", 1, height=0), "width 8 and height 0"),
         (changed("images", 1, width=None), "width None and height 6"),
+        (changed("images", 1, width=-8), "width -8 and height 6"),
+        (changed("images", 1, width=8.0), "width 8.0 and height 6"),
+        (changed("images", 1, width=2**31), "width 2147483648 and height 6"),
+        (changed("images", 1, width=2**31 - 1), "has 2147483647 x 6 pixels"),
+        (changed("images", 1, width=100_000, height=100_000), "has 100000 x 100000 pixels"),
+        (changed("images", 1, id="\ud800"), "has no id"),
+        (
+            instances(categories=[{"id": "18"}, {"id": 3}]),
+            "id '18' has an id that is no whole number",
+        ),
+        (instances(categories=[{"id": 18, "name": 3}, {"id": 3}]), "the category with id 18 has name 3; expected text"),
+        (instances(categories=[{"id": 2**31}]), "no whole number of 32 bits"),
         (changed("annotations", 1, id=2), "two annotation records have the id 2"),
         (changed("annotations", 1, image_id=5), "image_id 5, but there is no such image"),
         (changed("annotations", 1, image_id=[9]), "there is no such image"),
@@ -274,7 +293,25 @@ def changed(kind: str, index: int, **values: Any) -> dict[str, Any]:
         (changed("annotations", 2, segmentation={"size": [6, 8], "counts": "x"}), "no compressed RLE"),
         (changed("annotations", 2, segmentation={"size": [6, 8], "counts": [4, 4]}), "the runs have 8 pixels"),
         (changed("annotations", 2, segmentation={"size": [6, 8], "counts": [48.5]}), "whole numbers"),
-        (changed("annotations", 2, score="high"), "id 2 cannot be read"),
+        (changed("annotations", 2, segmentation={"size": [6, 8], "counts": [-1, 49]}), "no negative run"),
+        (changed("annotations", 2, segmentation={"size": [6, 8], "counts": [10**30]}), "expected 6 x 8 = 48 pixels"),
+        (changed("annotations", 2, segmentation={"size": "6x8", "counts": [48]}), "its RLE has size 6x8"),
+        (changed("annotations", 2, score="high"), "id 2 cannot be read: its score is 'high'"),
+        (changed("annotations", 2, score="0.5"), "its score is '0.5'; expected a float"),
+        (changed("annotations", 2, stability_score=None), "its stability_score is None"),
+        (changed("annotations", 2, crop_box=[0, 0, 8]), r"its crop_box is \[0, 0, 8\]; expected 4 numbers"),
+        (changed("annotations", 2, crop_box=[0, 0, 8, "6"]), "its crop_box"),
+        (changed("annotations", 2, point_coords=[[1]]), r"its point_coords is \[1\]; expected 2 numbers"),
+        (changed("annotations", 2, point_coords=3), "id 2 cannot be read"),
+        (
+            {
+                **changed("images", 0, width=1, height=30_000_000),
+                "annotations": [
+                    {"id": 1, "image_id": 9, "category_id": 18, "segmentation": [[0, 0, 1, 0, 1, 3e7, 0, 3e7]]}
+                ],
+            },
+            "a polygon's outline is longer than 4000000 pixels",
+        ),
         (changed("annotations", 2, score=1e300), "expected a float of 32 bits"),
         (changed("annotations", 2, score=10**400), "id 2 cannot be read"),
     ],
@@ -282,11 +319,31 @@ def changed(kind: str, index: int, **values: Any) -> dict[str, Any]:
 def test_what_cannot_be_imported_is_told_before_anything_is_written(
     tmp_path: Path, output: Path, content: Any, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "a.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    assert run_import(tmp_path / "a.json", output) == 2
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / "a.json").write_text(text, errors="surrogateescape")
+    assert run_import(tmp_path / "a.json", output) == 1
     assert not output.exists()
     error = capsys.readouterr().err
-    assert re.match(f"maskbeam import: cannot import .*{told}", error), error
+    start = rf"maskbeam import: cannot import {tmp_path}/a\.json: "
+    assert re.fullmatch(rf"{start}.*{told}.* Mend the file; .*\n", error), error
+    assert len(error) < 1000
+
+
+def test_a_list_of_results_needs_its_images(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.json").write_text("[]")
+    assert run_import(tmp_path / "results.json", tmp_path / "out") == 2
+    assert "say with --images_from" in capsys.readouterr().err
+    assert run_import(source, tmp_path / "out", "--images_from", str(source)) == 2
+    assert "is no list of results" in capsys.readouterr().err
+
+
+def test_a_file_that_is_too_large_is_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_coco, "MAX_COCO_BYTES", 1000)
+    (tmp_path / "a.json").write_text("[" + " " * 1000)
+    assert run_import(tmp_path / "a.json", tmp_path / "out") == 1
+    assert "it is larger than 1000 bytes" in capsys.readouterr().err
 
 
 def test_an_import_can_be_repeated_but_not_be_another(source: Path, output: Path, tmp_path: Path) -> None:

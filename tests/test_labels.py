@@ -8,8 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import label, read_labels, write_photos
+from tests.conftest import label, read_labels
 from transforms.labels import list_chunks, read_chunks, read_run
+from transforms.manifest import newest
+from transforms.records import DamagedFile
+from transforms.write import ChunkKey
 
 
 @pytest.fixture
@@ -31,18 +34,27 @@ def test_all_rows_come_in_the_order_of_the_chunks(labels: Path) -> None:
     assert pairs[-1][0]["status"] == "failed" and pairs[-1][1] == []
 
 
-def test_chunks_are_ordered_by_number(tmp_path: Path, output: Path) -> None:
-    assert label("--input", write_photos(tmp_path / "photos", 12), "--output", output, "--chunk_size", "1") == 0
-    for name in ("annotations", "images"):  # as if there were more than the five digits hold
-        (output / name / "@root-00011.parquet").rename(output / name / "@root-100000.parquet")
-    assert [index for _, index in list_chunks(str(output))] == [*range(11), 100000]
+def test_chunks_are_ordered_by_number_and_the_highest_generation_counts() -> None:
+    keys = [ChunkKey("b", 100000), ChunkKey("b", 99999), ChunkKey("a", 1, 10), ChunkKey("a", 1, 9), ChunkKey("a", 1)]
+    assert newest(keys) == [ChunkKey("a", 1, 10), ChunkKey("b", 99999), ChunkKey("b", 100000)]
 
 
 @pytest.mark.parametrize("directory", ["annotations", "images"])
-def test_a_chunk_without_its_partner_is_not_read(labels: Path, directory: str) -> None:
+def test_chunks_that_the_summary_counts_and_that_are_gone_are_an_error(labels: Path, directory: str) -> None:
+    (labels / directory / "@root-00001.parquet").unlink()
+    with pytest.raises(ValueError, match=r"1 of the 4 chunks .*summary\.json counts are missing.*Run the command"):
+        list_chunks(str(labels))
+
+
+@pytest.mark.parametrize("directory", ["annotations", "images"])
+def test_of_a_run_that_is_not_finished_whole_chunks_are_read_and_a_warning_says_so(
+    labels: Path, directory: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (labels / "summary.json").unlink()
     (labels / directory / "@root-00001.parquet").unlink()
     (labels / "images" / "notes.parquet").touch()
     assert [chunk.index for chunk in read_chunks(str(labels))] == [0, 2, 3]
+    assert f"{labels} is not finished" in caplog.text
 
 
 def test_the_run_is_read(labels: Path) -> None:
@@ -51,7 +63,7 @@ def test_the_run_is_read(labels: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(None, "there is no run.json"), ("{", "run.json is damaged"), ("[]", "not written by"), ("{}", "not written by")],
+    [(None, "there is no run.json"), ("[]", "not written by"), ("{}", "not written by")],
 )
 def test_a_directory_that_is_not_ours_is_an_error(tmp_path: Path, content: str | None, told: str) -> None:
     if content is not None:
@@ -71,17 +83,17 @@ def test_labels_without_a_finished_chunk_are_an_error(labels: Path) -> None:
 def test_a_damaged_file_is_named(labels: Path) -> None:
     path = labels / "annotations" / "@root-00002.parquet"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"@root-00002\.parquet cannot be read"):
+    with pytest.raises(DamagedFile, match=r"@root-00002\.parquet cannot be read"):
         list(read_chunks(str(labels)))
 
 
 def test_tables_of_somebody_else_are_named(labels: Path) -> None:
     pq.write_table(pa.table({"image_id": ["0.png"]}), labels / "images" / "@root-00002.parquet")
-    with pytest.raises(ValueError, match=r"@root-00002\.parquet has no column key"):
+    with pytest.raises(DamagedFile, match=r"@root-00002\.parquet cannot be read: it has no column key"):
         list(read_chunks(str(labels)))
 
 
 def test_files_that_do_not_belong_together_are_an_error(labels: Path) -> None:
     (labels / "images" / "@root-00001.parquet").write_bytes((labels / "images" / "@root-00000.parquet").read_bytes())
-    with pytest.raises(ValueError, match=r"such as '2\.png'"):
+    with pytest.raises(DamagedFile, match=r"annotations/@root-00001\.parquet .* mask 0 of '2\.png': its image is not"):
         list(read_chunks(str(labels)))

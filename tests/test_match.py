@@ -6,20 +6,17 @@ import re
 import tarfile
 from pathlib import Path
 
-import apache_beam as beam
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from apache_beam.testing import test_pipeline
-from apache_beam.testing.util import assert_that, equal_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.memory_store import STORE
 from transforms import match, read
-from transforms.match import InputConfig, Matched, MatchShards, check_output, match_shards, shard_name
+from transforms.match import InputConfig, Matched, check_output, match_shards, shard_name
 from transforms.read import ReadConfig
-from transforms.records import Shard, SourceFile
+from transforms.records import SourceFile
 
 
 @pytest.fixture
@@ -306,13 +303,13 @@ def test_shard_names_are_unique_and_safe(paths: set[str]) -> None:
 def test_loose_files_become_a_shard_a_chunk(tmp_path: Path) -> None:
     make_files(tmp_path, *(f"d/{number}.jpg" for number in range(5)), "d/e/x.jpg", "top.jpg")
     matched = match_all(tmp_path, chunk_size=2)
-    actual = [(s.name, s.first_chunk, s.first_row, [os.path.basename(f.path) for f in s.files]) for s in matched.shards]
+    actual = [(s.name, s.first_chunk, [os.path.basename(f.path) for f in s.files]) for s in matched.shards]
     assert actual == [
-        ("@root", 0, 0, ["top.jpg"]),
-        ("d", 0, 0, ["0.jpg", "1.jpg"]),
-        ("d", 1, 2, ["2.jpg", "3.jpg"]),
-        ("d", 2, 4, ["4.jpg"]),
-        ("d%2Fe", 0, 0, ["x.jpg"]),
+        ("@root", 0, ["top.jpg"]),
+        ("d", 0, ["0.jpg", "1.jpg"]),
+        ("d", 1, ["2.jpg", "3.jpg"]),
+        ("d", 2, ["4.jpg"]),
+        ("d%2Fe", 0, ["x.jpg"]),
     ]
 
 
@@ -411,22 +408,3 @@ def test_output_on_an_object_store(output: str, refused: bool) -> None:
 def test_bad_config_is_refused(config: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         InputConfig(**config)  # type: ignore[arg-type]
-
-
-def test_match_shards_transform_gives_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_files(tmp_path, "a.jpg", "b/c.tar", "b/new\nline \udcff.jpg")
-    expected = list(match_all(tmp_path).shards)
-    monkeypatch.chdir(tmp_path)
-    transform = MatchShards(InputConfig((".",)))
-    monkeypatch.chdir("/")
-    with test_pipeline.TestPipeline(runner="FnApiRunner") as pipeline:
-        shards = pipeline | transform
-        assert shards.element_type is Shard
-        assert_that(shards, equal_to(expected))
-
-
-def test_match_shards_transform_has_stable_step_names() -> None:
-    pipeline = beam.Pipeline(runner="FnApiRunner")
-    pipeline | MatchShards(InputConfig(("mem://b",)))
-    steps = [step.unique_name for step in pipeline.to_runner_api().components.transforms.values()]
-    assert {"MatchShards/Start", "MatchShards/Match", "MatchShards/Spread"} <= set(steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections import Counter
@@ -202,7 +203,7 @@ def test_every_format_is_read_and_labels_are_written_as_on_a_local_disk(
     assert run["root"] == data
     assert (totals["images"], totals["labeled"], totals["failed"]) == (11, 10, 1)
     assert {name.partition("/")[0] for name in store.names("labels")} == {
-        *("annotations", "images", "run.json", "summary.json")
+        *("annotations", "images", f"manifest-{run['manifest']}.json", "run.json", "summary.json")
     }
 
 
@@ -233,7 +234,7 @@ def test_overwrite_deletes_the_labels_and_nothing_else(store: ObjectStore, tmp_p
     assert FileSystems.exists(mine) and FileSystems.exists(neighbour)
 
 
-def test_failed_images_are_done_again_and_a_changed_input_is_named(
+def test_failed_and_changed_images_are_done_again_and_a_changed_shard_is_named(
     store: ObjectStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, output = store.put_tree("data", write_photos(tmp_path / "photos", 3)), f"{store.uri}/labels"
@@ -245,9 +246,16 @@ def test_failed_images_are_done_again_and_a_changed_input_is_named(
     assert read_json(output + "/summary.json")["failed"] == 0
     assert [row["status"] for row in labels_in(output, tmp_path / "out").images] == ["labeled"] * 4
     capsys.readouterr()
-    store.put("data/9.png", good + b"more")
+    store.put("data/9.png", photo_bytes(8))
+    assert store.label(data, output, "--chunk_size", "2") == 0
+    assert "changed, labeled again: 1, 9.png" in capsys.readouterr().out
+    rows = labels_in(output, tmp_path / "again").images
+    assert rows[-1]["sha256"] == hashlib.sha256(photo_bytes(8)).hexdigest()
+    tar = store.put("data/a.tar", images_tar([good]))
+    assert store.label(data, output, "--chunk_size", "2") == 0
+    store.put("data/a.tar", images_tar([photo_bytes(8)]))
     assert store.label(data, output, "--chunk_size", "2") == 1
-    assert f"{data} changed since its chunk 1 was labeled" in capsys.readouterr().err
+    assert f"{tar} changed since it was labeled" in capsys.readouterr().err
 
 
 def test_chunks_of_removed_inputs_are_counted(
@@ -374,7 +382,7 @@ def test_a_start_that_has_nothing_left_to_do_lists_a_few_times_and_reads_each_fo
     assert memory.label(str(data), output, "--chunk_size", "1", "--points_per_side", "1") == 0
     # The committed chunks are listed by the launcher at the start (twice) and at the end, and by the worker once.
     assert STORE.requests["list"] <= 4 * 2 + 2
-    # A footer is read by the launcher, for the progress and before anything is submitted, and by a worker.
+    # An images file is read by the launcher, which checks it, and its footer by a worker.
     assert 2 * 200 <= STORE.requests["get"] <= 2 * 200 + 10
     assert STORE.requests["head"] <= 12
     assert STORE.requests["put"] + STORE.requests["copy"] <= 6
@@ -551,10 +559,20 @@ def test_processes_that_ask_at_the_same_time_copy_once(memory: ObjectStore, home
 
 
 def test_a_preset_that_is_not_there_is_a_usage_error(store: ObjectStore, home: Path) -> None:
-    with pytest.raises(UsageError, match=f"cannot find model {store.uri}/none: .*no files below"):
+    with pytest.raises(UsageError, match=f"the model {store.uri}/none is not there"):
         model_fingerprint(f"{store.uri}/none")
 
 
-@pytest.mark.parametrize("preset", ["sam_base_sa1b", "/models/mine", "kaggle://keras/sam", "hf://keras/sam"])
+def test_a_uri_without_a_preset_is_not_copied(memory: ObjectStore, home: Path) -> None:
+    uri = memory.put("bucket/photo.jpg", b"x").rpartition("/")[0]
+    STORE.requests.clear()
+    with pytest.raises(UsageError, match=f"the model {uri} is no KerasHub preset: there is no config.json in it"):
+        model_fingerprint(uri)
+    assert STORE.requests == {"list": 1}
+
+
+@pytest.mark.parametrize(
+    "preset", ["sam_base_sa1b", resolve_preset("sam_tiny"), "kaggle://keras/sam", "hf://keras/sam"]
+)
 def test_what_kerashub_reads_by_itself_is_left_to_it(preset: str) -> None:
     assert local_preset(preset) == preset

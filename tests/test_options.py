@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import typing
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from apache_beam.options.pipeline_options import DirectOptions, GoogleCloudOptio
 from pipeline.dataflow import DataflowConfig
 from pipeline.graph import Job
 from pipeline.options import UsageError, label_parser, parse_label, runs_locally
+from pipeline.progress import ProgressConfig
 from transforms.amg import PROFILES, AmgConfig
 from transforms.images import ImageConfig
 from transforms.match import InputConfig
@@ -68,6 +70,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "retry_failed": ([], True),
     "max_failed_fraction": (["0.25"], 0.25),
     "gpu": (["t4"], "t4"),
+    "quiet": ([], True),
 }
 
 
@@ -81,13 +84,14 @@ def beam_options(*flags: str) -> PipelineOptions:
 
 def test_without_flags_all_is_as_the_dataclasses_say() -> None:
     assert parse() == Job(
-        InputConfig(("in",)),
-        ReadConfig(),
-        ImageConfig(),
         ModelConfig(),
-        AmgConfig(),
+        InputConfig(("in",)),
         OutputConfig("out"),
+        ProgressConfig(),
+        AmgConfig(),
+        ImageConfig(),
         DataflowConfig(),
+        ReadConfig(),
     )
 
 
@@ -115,12 +119,29 @@ def test_every_flag_tells_what_it_does_and_its_default(field: Field[Any]) -> Non
         assert default == " ".join(map(str, values)) + ")"
 
 
-def test_help_prints_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def help_of_label(capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as ended:
         parse_label(["--help"])
-    printed = capsys.readouterr().out
     assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_prints_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = help_of_label(capsys)
     assert [field.name for _, field in FIELDS if f"--{field.name} " not in printed] == []
+
+
+def test_help_begins_with_what_must_be_given_and_the_model_and_ends_with_names_of_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = help_of_label(capsys)
+    assert printed.startswith("usage: maskbeam label --input INPUT --output OUTPUT [flags]\n")
+    flags = re.findall(r"^  --(\w+)", printed, re.MULTILINE)
+    assert flags[:4] == ["input", "output", "model", "dtype"]
+    assert {"parquet_key", "tfrecord_image"} <= set(flags[-6:])
+    assert "--model" in "".join(printed.splitlines(keepends=True)[:16])
+    assert sorted(flags) == sorted([*(field.name for _, field in FIELDS), "profile"])  # each once
 
 
 @pytest.mark.parametrize(
@@ -178,7 +199,14 @@ def test_after_two_dashes_anything_passes() -> None:
         (["--points_per_sde", "8"], "unknown argument --points_per_sde: did you mean --points_per_side?"),
         (["--direct_num_worker=2"], "unknown argument --direct_num_worker=2: did you mean --direct_num_workers?"),
         (["--qqqqqqqqqq"], "unknown argument --qqqqqqqqqq: maskbeam label --help lists all flags"),
-        (["--chunk", "8"], "unknown argument --chunk"),  # no abbreviations: Beam's flags could be mistaken for ours
+        (["--points-per-side=8"], "unknown argument --points-per-side=8: did you mean --points_per_side?"),
+        (["--quite"], "unknown argument --quite: did you mean --quiet?"),
+        (["--verbose"], "unknown argument --verbose: maskbeam label --help lists all flags"),
+        (["--overwritten"], "unknown argument --overwritten: maskbeam label --help lists all flags"),
+        (["--over"], "unknown argument --over: maskbeam label --help lists all flags"),
+        (["--fast"], "unknown argument --fast: maskbeam label --help lists all flags"),
+        # No abbreviations: Beam's flags could be mistaken for ours.
+        (["--chunk", "8"], "unknown argument --chunk: did you mean --chunk_size?"),
         (["more.tar"], "unknown argument more.tar"),
         # A value of the wrong type.
         (["--chunk_size", "many"], "--chunk_size: invalid int value: 'many'"),

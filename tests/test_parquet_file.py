@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.conftest import label
 from transforms import parquet_file
 from transforms.parquet_file import checked_row_groups
-from transforms.parquet_footer import ColumnChunk, read_page_header, read_row_groups
+from transforms.parquet_footer import read_footer, read_pages, row_groups
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +38,8 @@ def threads():
 labels, shard = sys.argv[1:]
 before = threads()
 for chunk in list_chunks(labels):
-    read_chunk(labels, *chunk), read_report(labels, *chunk), read_candidates(labels, *chunk, ["image_id"])
+    read_chunk(labels, chunk), read_report(labels, chunk.shard, chunk.index)
+    read_candidates(labels, chunk, ["image_id"])
 list(read_image_ids(labels, list_chunks(labels)))
 list(read_images(Shard("s", shard, "parquet", (SourceFile(shard, os.path.getsize(shard)),)), ReadConfig(), "/"))
 sys.exit(len(threads() - before))
@@ -113,21 +114,22 @@ COLUMNS = {
 def test_columns_and_pages_are_found_where_arrow_finds_them(options: dict[str, Any]) -> None:
     file = file_of(COLUMNS, **options)
     metadata = pq.ParquetFile(file).metadata
-    footer_bytes = int.from_bytes(file.getvalue()[-8:-4], "little")
-    groups = list(read_row_groups(file.getvalue()[-8 - footer_bytes : -8]))
+    groups = list(row_groups(read_footer(file)))
     assert len(groups) == metadata.num_row_groups
     for index, group in enumerate(groups):
         for number, chunk in enumerate(group):
             column = metadata.row_group(index).column(number)
             start = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
-            assert chunk == ColumnChunk(column.path_in_schema, start, column.total_compressed_size, column.num_values)
-            pages, place = [], chunk.start
-            while place < chunk.start + chunk.num_bytes:
-                pages.append(read_page_header(file.getvalue()[place:]))
-                place += pages[-1].header_bytes + pages[-1].num_bytes
-            assert place == chunk.start + chunk.num_bytes
-            assert sum(page.num_values for page in pages if not page.is_dictionary) == chunk.num_values
-            assert sum(page.header_bytes + page.inflated_bytes for page in pages) == column.total_uncompressed_size
+            assert (".".join(chunk.path), chunk.start, chunk.num_bytes, chunk.num_values) == (
+                column.path_in_schema,
+                start,
+                column.total_compressed_size,
+                column.num_values,
+            )
+            pages = list(read_pages(file, chunk))
+            assert sum(page.header_bytes + page.compressed_bytes for page in pages) == chunk.num_bytes
+            assert sum(page.num_values for page in pages) == chunk.num_values
+            assert sum(page.header_bytes + page.num_bytes for page in pages) == column.total_uncompressed_size
     list(checked_row_groups(file, {"image.bytes", "image.path", "image.boxes.list.element", "none", "number", "truth"}))
 
 

@@ -414,7 +414,7 @@ def test_a_chunk_that_was_labeled_again_is_refined_again(data: Path, kept: Path,
     name = min(path.name for path in (labels / "images").iterdir())
     (labels / "candidates" / name).unlink()
     assert label_crops(data, labels, *KEEP) == 0  # a chunk without its candidates is not finished
-    assert (labels / "candidates" / name).exists()
+    assert (labels / "candidates" / name.replace(".parquet", ".1.parquet")).exists()
     assert refine(labels, output) == 0
     after = files(output)
     assert {file for file in after if after[file] != before[file]} == {f"annotations/{name}", f"images/{name}"}
@@ -428,7 +428,7 @@ def test_lost_candidates_are_named(kept: Path, tmp_path: Path, capsys: pytest.Ca
     (labels / "summary.json").unlink()
     assert refine(labels, tmp_path / "out") == 1
     error = capsys.readouterr().err
-    assert f"{lost} cannot be read" in error and "run the same command to go on" in error
+    assert f"{lost} cannot be read" in error and "run the command that made it again" in error
     lost.write_bytes((kept / "candidates" / lost.name).read_bytes()[:-9])
     assert refine(labels, tmp_path / "out") == 1
     assert f"{lost} cannot be read" in capsys.readouterr().err
@@ -445,6 +445,7 @@ def test_chunks_that_the_labels_have_no_more_are_refused(
     assert refine(labels, tmp_path / "out") == 0
     gone = max((labels / "images").iterdir())
     gone.unlink()
+    (labels / "summary.json").unlink()
     assert refine(labels, tmp_path / "out") == 2
     assert f"has {gone.name}, which {labels} has no more" in capsys.readouterr().err
 

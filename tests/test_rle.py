@@ -148,6 +148,41 @@ def test_lengths_are_the_runs_of_the_columns(mask: np.ndarray) -> None:
     rle.check_counts(coco_counts(mask), mask.shape)
 
 
+characters = st.characters(min_codepoint=46, max_codepoint=113)
+# What masks of 2 x 2 pixels have, and what comes of changing it.
+strings = st.one_of(
+    st.text(characters, max_size=12), st.sampled_from(["22", "4", "04", "112", "0121", "13", "5N", "o1"])
+)
+
+
+@settings(deadline=None)
+@given(st.lists(strings, max_size=8), st.sampled_from([1, 5, 2**15]))
+@example(["22", "2", "04", "", "4", "o", "`" * 7 + "0", "é"], 2**15)
+def test_many_counts_are_checked_as_each_is(strings: list[str], block: int) -> None:
+    expected = []
+    for counts in strings:
+        try:
+            rle.check_counts(counts, (2, 2))
+            expected.append(int(rle.counts_to_lengths(counts)[1::2].sum()))
+        except ValueError:
+            expected.append(-1)
+    encoded = [counts.encode() for counts in strings]
+    offsets = np.cumsum([0, *map(len, encoded)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rle, "_BLOCK_CHARACTERS", block)
+        areas = rle.counts_to_areas(np.frombuffer(b"".join(encoded), np.uint8), offsets, np.full(len(strings), 4))
+    assert areas.tolist() == expected
+
+
+@settings(deadline=None)
+@given(st.lists(masks, min_size=1, max_size=5))
+def test_many_masks_have_their_areas(several: list[np.ndarray]) -> None:
+    encoded = [coco_counts(mask).encode() for mask in several]
+    offsets, sizes = np.cumsum([0, *map(len, encoded)]), np.array([mask.size for mask in several])
+    areas = rle.counts_to_areas(np.frombuffer(b"".join(encoded), np.uint8), offsets, sizes)
+    assert areas.tolist() == [mask.sum() for mask in several]
+
+
 def test_long_runs_have_their_lengths() -> None:
     lengths = [0, 1, 2**31, 5, 3, 2**29, 70000]
     counts = coco_mask.frPyObjects({"size": [sum(lengths), 1], "counts": lengths}, sum(lengths), 1)["counts"].decode()

@@ -141,7 +141,7 @@ def test_low_precision_stays_near(dtype: str, sam: Sam, pixels: np.ndarray) -> N
 
 
 def test_unknown_model_says_what_was_expected() -> None:
-    with pytest.raises(ValueError, match=r"cannot load model no/such/preset.*sam_tiny"):
+    with pytest.raises(ValueError, match=r"there is no model no/such/preset.*sam_tiny"):
         load_sam("no/such/preset")
 
 

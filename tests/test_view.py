@@ -394,7 +394,7 @@ def test_damaged_masks_are_told(labeled: Path, tmp_path: Path, capsys: pytest.Ca
     rows[1]["segmentation"]["counts"] = "o" * 40
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
     assert view("--labels", labels, "--output", tmp_path / "report") == 1
-    assert f"mask 1 of {HOSTILE} is damaged: " in capsys.readouterr().err
+    assert f"mask 1 of {HOSTILE!r}: its counts are no RLE of its image: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -518,6 +518,11 @@ def sample_centres(picture: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
         ((np.arange(n) + 0.5) * side / n).astype(int) for n, side in zip(size_hw, picture.shape, strict=False)
     )
     return picture[np.ix_(rows, columns)]
+
+
+def test_every_page_names_the_labels_and_their_model(report: Path, open_page: Callable[..., Page]) -> None:
+    page = open_page(report)
+    assert page.locator("#labels").inner_text() == f"{report.parent / 'labels'}, model sam_tiny"
 
 
 def test_rle_is_decoded_as_pycocotools_does(report: Path, open_page: Callable[..., Page]) -> None:
@@ -830,7 +835,7 @@ def test_rank_and_parent_are_shown(labeled: Path, tmp_path: Path, open_page: Cal
     labels = shutil.copytree(labeled / "labels", tmp_path / "labels")
     for path in (labels / "annotations").iterdir():
         table = pq.read_table(path)
-        ranks = pa.array([10 + index for index in table["mask_index"].to_pylist()], pa.int32())
+        ranks = table["mask_index"].combine_chunks()
         parents = pa.array([None if index == 0 else 0 for index in table["mask_index"].to_pylist()], pa.int32())
         for name, values in (("rank", ranks), ("parent_id", parents)):
             table = table.set_column(table.column_names.index(name), table.schema.field(name), values)
@@ -839,9 +844,9 @@ def test_rank_and_parent_are_shown(labeled: Path, tmp_path: Path, open_page: Cal
     page = open_page(tmp_path / "report", "#/image/1.png")
     drawn(page)
     page.focus("#list")
-    assert page.locator("#chosen dd").all_inner_texts()[3:] == ["10", "none"]
+    assert page.locator("#chosen dd").all_inner_texts()[3:] == ["0", "none"]
     page.keyboard.press("ArrowDown")
-    assert page.locator("#chosen dd").all_inner_texts()[3:] == ["11", "0"]
+    assert page.locator("#chosen dd").all_inner_texts()[3:] == ["1", "0"]
 
 
 def test_many_images_come_in_pages(tmp_path: Path, report: Path, open_page: Callable[..., Page]) -> None:

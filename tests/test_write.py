@@ -32,6 +32,7 @@ from transforms.resume import committed_chunks, read_report
 from transforms.schema import RUN_KEY
 from transforms.summary import read_json, write_summary
 from transforms.write import (
+    ChunkKey,
     OutputConfig,
     TooManyFailures,
     WriteParquet,
@@ -142,10 +143,16 @@ def test_the_report_comes_back_from_the_images_file(tmp_path: Path) -> None:
     assert report.totals.seconds.write > 0
 
 
+@pytest.mark.parametrize("generation", [0, 1, 23])
 @pytest.mark.parametrize("index", [0, 7, 99999, 100000])
-@pytest.mark.parametrize("shard", ["s.tar", "@root", "x-00001.parquet", "a%2Fb~0123"])
-def test_names_of_chunks_go_both_ways(shard: str, index: int) -> None:
-    assert parse_chunk_name(chunk_name(shard, index)) == (shard, index)
+@pytest.mark.parametrize("shard", ["s.tar", "@root", "x-00001.parquet", "x-00001.2", "a%2Fb~0123"])
+def test_names_of_chunks_go_both_ways(shard: str, index: int, generation: int) -> None:
+    assert parse_chunk_name(chunk_name(shard, index, generation)) == ChunkKey(shard, index, generation)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a-1.parquet", "a-00001.0.parquet", "-00001.parquet"])
+def test_other_names_are_no_chunks(name: str) -> None:
+    assert parse_chunk_name(name) is None
 
 
 @pytest.mark.parametrize("name", ["plain", "a [x]*? b", "[abc]", "100%"])

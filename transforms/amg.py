@@ -35,6 +35,7 @@ from transforms.select import (
     merge_crops,
     select_in_crop,
 )
+from transforms.threads import one_blas_thread
 
 MASKS_PER_POINT = 3  # SAM's multimask output: whole, part, subpart
 
@@ -290,8 +291,9 @@ def label_image(sam: Sam, pixels: np.ndarray, config: AmgConfig, submit: Submit 
       submit: how to run batches of prompts and work on the host: `transforms.threads.host_threads().submit` does so
         side by side.
     """
-    selected, seconds = propose_image(sam, prepare_crops(pixels, config, sam.frame_size), config, submit)
-    return select_masks(selected, pixels.shape[:2], config, seconds)
+    with one_blas_thread():
+        selected, seconds = propose_image(sam, prepare_crops(pixels, config, sam.frame_size), config, submit)
+        return select_masks(selected, pixels.shape[:2], config, seconds)
 
 
 def prepare_crops(pixels: np.ndarray, config: AmgConfig, frame_size: int) -> list[Crop]:

@@ -13,10 +13,8 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 import transforms.s3  # noqa: F401  # one client for all files
-from transforms.embedded import resolve_preset
-
-# KerasHub's own, for presets by name.
-_HUB_SCHEMES = ("kaggle", "hf", "modelscope")
+from transforms.check_preset import MAX_WEIGHTS_BYTES
+from transforms.embedded import HUB_SCHEMES, PresetError, check_model_name, resolve_preset
 
 
 def local_preset(preset: str) -> str:
@@ -26,18 +24,22 @@ def local_preset(preset: str) -> str:
     or time. Processes that ask at the same time wait for the one that copies; a copy that was cut off is not used.
 
     Raises:
-      FileNotFoundError: there is nothing at the URI.
+      PresetError: a name that means no model, or a URI without a preset.
       OSError: it cannot be read, or the cache cannot be written.
     """
+    check_model_name(preset)
     preset = resolve_preset(preset)
-    if FileSystems.get_scheme(preset) in (None, *_HUB_SCHEMES):
+    if FileSystems.get_scheme(preset) in (None, *HUB_SCHEMES):
         return preset
     source = preset.rstrip("/") + "/"
     found = FileSystems.match([source + "**"])[0].metadata_list
     files = sorted((file.path, file.size_in_bytes, file.last_updated_in_seconds) for file in found)
     files = [file for file in files if not file[0].endswith("/")]  # object stores mark directories that way
-    if not files:
-        raise FileNotFoundError(f"there are no files below {source}")
+    if source + "config.json" not in [path for path, _, _ in files]:
+        what = "is no KerasHub preset: there is no config.json in it" if files else "is not there"
+        raise PresetError(f"the model {preset} {what}. Give the URI of a directory that save_to_preset wrote.")
+    if (size := sum(size for _, size, _ in files)) > MAX_WEIGHTS_BYTES:
+        raise PresetError(f"the model {preset} has {size} bytes, more than the {MAX_WEIGHTS_BYTES} allowed.")
     key = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:32]
     cache = Path.home() / ".cache" / "maskbeam" / "presets"
     cache.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,20 @@ OBJECT_CATEGORY = {"id": CATEGORY_OBJECT, "name": "object", "supercategory": "ob
 # Corners of a polygon may lie outside the image by this many times its size; pycocotools takes memory for all the way.
 _MAX_OUTSIDE = 1
 
+# Pixels that a polygon's outline may have: pycocotools takes 77 bytes for each.
+_MAX_OUTLINE = 4_000_000
+
+# Bytes of a file, which is read whole. COCO's own has half of that, LVIS' about as many.
+MAX_COCO_BYTES = 2**31
+
+# After what is wrong with a file.
+MEND_COCO = "Mend the file; expected COCO's instances format (https://cocodataset.org/#format-data)."
+
 _INT32_MAX = 2**31 - 1
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+_UNKNOWN_POINT = [math.nan, math.nan]
 
 
 def file_name(image: dict[str, Any]) -> str:
@@ -149,7 +162,7 @@ def group_by_image(images: Any, annotations: Any) -> list[tuple[dict[str, Any], 
     for record in annotations:
         told = f"the annotation with id {record['id']!r}"
         image_id = record.get("image_id")
-        if not _is_id(image_id) or image_id not in of_image:
+        if not is_id(image_id) or image_id not in of_image:
             raise ValueError(f"{told} has image_id {image_id!r}, but there is no such image")
         if record.get("iscrowd", 0) not in (0, 1):
             raise ValueError(f"{told} has iscrowd {record['iscrowd']!r}; expected 0 or 1")
@@ -158,7 +171,7 @@ def group_by_image(images: Any, annotations: Any) -> list[tuple[dict[str, Any], 
 
 
 def check_categories(annotations: Sequence[dict[str, Any]], categories: Any) -> None:
-    """Checks that every annotation is of a category that the tables can store.
+    """Checks that every annotation is of one of the categories.
 
     Args:
       annotations: as group_by_image gives them.
@@ -167,13 +180,29 @@ def check_categories(annotations: Sequence[dict[str, Any]], categories: Any) -> 
     Raises:
       ValueError: one is not.
     """
-    category_ids = _unique_ids("category", categories)
+    known = category_ids(categories)
     for record in annotations:
         told, category_id = f"the annotation with id {record['id']!r}", record.get("category_id")
-        if not _is_id(category_id) or category_id not in category_ids:
+        if not is_id(category_id) or category_id not in known:
             raise ValueError(f"{told} has category_id {category_id!r}, but there is no such category")
-        if not isinstance(category_id, int) or abs(category_id) > _INT32_MAX:
-            raise ValueError(f"{told} has category_id {category_id!r}; expected a whole number of 32 bits")
+
+
+def category_ids(categories: Any) -> frozenset[int]:
+    """The ids of a file's categories.
+
+    Args:
+      categories: the list of records, whatever is in it.
+
+    Raises:
+      ValueError: it is none, or an id comes twice or cannot be stored, or a name is none.
+    """
+    ids = _unique_ids("category", categories)
+    for record in categories:
+        if type(record["id"]) is not int or abs(record["id"]) > _INT32_MAX:
+            raise ValueError(f"the category with id {record['id']!r} has an id that is no whole number of 32 bits")
+        if not isinstance(record.get("name", ""), str):
+            raise ValueError(f"the category with id {record['id']!r} has name {record['name']!r}; expected text")
+    return frozenset(ids)
 
 
 def _unique_ids(kind: str, records: Any) -> set[Any]:
@@ -181,7 +210,7 @@ def _unique_ids(kind: str, records: Any) -> set[Any]:
         raise ValueError(f"there is no list of {kind} records")
     ids = set()
     for record in records:
-        if not isinstance(record, dict) or not _is_id(record.get("id")):
+        if not isinstance(record, dict) or not is_id(record.get("id")):
             raise ValueError(f"the {kind} record {str(record)[:100]} has no id that is a number or a string")
         if record["id"] in ids:
             raise ValueError(f"two {kind} records have the id {record['id']!r}; expected unique ids")
@@ -189,8 +218,9 @@ def _unique_ids(kind: str, records: Any) -> set[Any]:
     return ids
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, (int, str)) and not isinstance(value, bool)
+def is_id(value: Any) -> bool:
+    """Whether it is an id as COCO's records have it: a whole number, or text."""
+    return type(value) is int or is_text(value)
 
 
 def coco_to_image(record: dict[str, Any], row: int, annotations: Sequence[dict[str, Any]]) -> LabeledImage:
@@ -206,7 +236,7 @@ def coco_to_image(record: dict[str, Any], row: int, annotations: Sequence[dict[s
     """
     name, size_hw = name_and_size(record)
     image_id: Any = record.get("image_id", name)
-    if not _is_text(image_id):
+    if not is_text(image_id):
         raise ValueError(f"the image with id {record['id']!r} has image_id {image_id!r}; expected text, not empty")
     masks = tuple(coco_to_mask(annotation, size_hw) for annotation in annotations)
     source = EncodedImage(image_id, row, str(record["id"]), name, b"")
@@ -222,16 +252,20 @@ def name_and_size(record: dict[str, Any]) -> tuple[str, tuple[int, int]]:
     name: Any = record.get("file_name")
     width: Any = record.get("width")
     height: Any = record.get("height")
-    if not _is_text(name):
+    if not is_text(name):
         raise ValueError(f"the image with id {record['id']!r} has file_name {name!r}; expected text, not empty")
     if not all(type(side) is int and 0 < side <= _INT32_MAX for side in (width, height)):
         raise ValueError(
             f"the image with id {record['id']!r} has width {width!r} and height {height!r}; expected pixels"
         )
+    if width * height > rle.MAX_PIXELS:
+        raise ValueError(
+            f"the image with id {record['id']!r} has {width} x {height} pixels; at most {rle.MAX_PIXELS} can be counted"
+        )
     return name, (height, width)
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Whether it is a string that UTF-8 can store; JSON can also say halves of surrogate pairs."""
     try:
         return isinstance(value, str) and bool(value.encode())
@@ -248,24 +282,39 @@ def coco_to_mask(record: dict[str, Any], size_hw: tuple[int, int]) -> Mask:
     try:
         counts = segmentation_to_counts(record.get("segmentation"), size_hw)
         area, bbox_xywh = rle.area_and_bbox_xywh(counts, size_hw)
-        ((point_x, point_y),) = record.get("point_coords") or [[math.nan, math.nan]]
-        crop_x, crop_y, crop_w, crop_h = record.get("crop_box") or [0, 0, size_hw[1], size_hw[0]]
-        mask = Mask(
+        (point_xy,) = record.get("point_coords", [_UNKNOWN_POINT])
+        point_x, point_y = point_xy if point_xy is _UNKNOWN_POINT else numbers("point_coords", point_xy, 2)
+        crop_x, crop_y, crop_w, crop_h = numbers("crop_box", record.get("crop_box", [0, 0, *size_hw[::-1]]), 4)
+        return Mask(
             size_hw,
             counts,
             bbox_xywh,
             area,
-            predicted_iou=float(record.get("predicted_iou", record.get("score", math.nan))),
-            stability_score=float(record.get("stability_score", math.nan)),
+            predicted_iou=_score(record, "predicted_iou", _score(record, "score", math.nan)),
+            stability_score=_score(record, "stability_score", math.nan),
             point_xy=(float(point_x), float(point_y)),
             crop_box_xywh=(float(crop_x), float(crop_y), float(crop_w), float(crop_h)),
         )
-        for name in ("predicted_iou", "stability_score"):
-            if abs(getattr(mask, name)) > float(np.finfo(np.float32).max):
-                raise ValueError(f"its {name} or score is {getattr(mask, name)}; expected a float of 32 bits")
-        return mask
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError) as error:  # TypeError: what is no list
         raise ValueError(f"the annotation with id {record['id']!r} cannot be read: {error}") from error
+
+
+def _score(record: dict[str, Any], name: str, default: float) -> float:
+    value = record.get(name, default)
+    if value is not default and not (is_number(value) and abs(value) <= _FLOAT32_MAX):
+        raise ValueError(f"its {name} is {value!r:.100}; expected a float of 32 bits")
+    return float(value)
+
+
+def numbers(name: str, value: Any, count: int) -> list[float]:
+    """The numbers of a list, where there must be so many.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    if not isinstance(value, list) or len(value) != count or not all(map(is_number, value)):
+        raise ValueError(f"its {name} is {value!r:.100}; expected {count} numbers")
+    return value
 
 
 def segmentation_to_counts(segmentation: Any, size_hw: tuple[int, int]) -> str:
@@ -282,6 +331,8 @@ def segmentation_to_counts(segmentation: Any, size_hw: tuple[int, int]) -> str:
             for axis, side in enumerate((width, height)):
                 if not all(-_MAX_OUTSIDE * side <= at <= (1 + _MAX_OUTSIDE) * side for at in polygon[axis::2]):
                     raise ValueError(f"a polygon lies far outside the image of {width} x {height} pixels")
+            if _outline(polygon) > _MAX_OUTLINE:
+                raise ValueError(f"a polygon's outline is longer than {_MAX_OUTLINE} pixels")
         return rle.polygons_to_counts(segmentation, size_hw)
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         raise ValueError("its segmentation is neither a list of polygons nor an RLE with size and counts")
@@ -294,6 +345,14 @@ def segmentation_to_counts(segmentation: Any, size_hw: tuple[int, int]) -> str:
     if isinstance(counts, list) and all(type(length) is int for length in counts):
         return rle.lengths_to_counts(counts, size_hw)
     raise ValueError("the counts of its RLE are neither a string nor a list of whole numbers")
+
+
+def _outline(polygon: list[float]) -> float:
+    """Its length in pixels, closed, as pycocotools walks it: along the longer axis."""
+    if len(polygon) < 4 or len(polygon) % 2:
+        return 0.0
+    corners_xy = np.array(polygon, float).reshape(-1, 2)
+    return float(np.abs(corners_xy - np.roll(corners_xy, 1, axis=0)).max(axis=1).sum())
 
 
 def is_number(value: Any) -> bool:

@@ -1,27 +1,57 @@
 """A directory of labels, read back as a stream: run.json, and the two tables chunk by chunk.
 
+The one door to labels: whatever is read here is checked here (transforms/check_tables.py), so that nobody else must.
 A chunk counts once it is committed, with both its files, as in transforms/resume.py; what a killed run left beside
 those is not read.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import IO, Any
 
 import pyarrow as pa
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-from transforms.parquet_file import open_parquet
-from transforms.resume import committed_chunks
-from transforms.schema import ANNOTATIONS, IMAGES
-from transforms.summary import read_json
-from transforms.write import ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR, RUN_FILE, chunk_name
+from transforms.amg import AmgConfig
+from transforms.check_tables import check_annotations, check_candidates, check_images
+from transforms.coco import COCO_FIELD, category_ids
+from transforms.images import ImageConfig
+from transforms.manifest import newest, read_manifest
+from transforms.parquet_file import open_parquet, read_table
+from transforms.read import ReadConfig
+from transforms.records import DamagedFile
+from transforms.resume import list_tables
+from transforms.rle import MAX_PIXELS
+from transforms.schema import ANNOTATIONS, CANDIDATES, CATEGORY_OBJECT, IMAGES
+from transforms.strict_json import parse_json
+from transforms.summary import MAX_JSON_BYTES, SUMMARY_FILE, read_json, read_json_bytes
+from transforms.write import ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR, RUN_FILE, ChunkKey
+
+_log = logging.getLogger(__name__)
 
 _EXPECTED = "Expected the --output of `maskbeam label`, `refine` or `import`."
 _MADE_BY_US = {"root", "model_fingerprint", "amg"}
+
+# Fields of run.json that others than run.json's own comparison look at, all but _MADE_BY_US may be missing.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "root": (str, type(None)),
+    "input_format": (str, type(None)),
+    "model": (str, type(None)),
+    "model_fingerprint": (str, type(None)),
+    "exif": (str,),
+    "max_pixels": (int,),
+    "amg": (dict,),
+    "names": (dict,),
+    "versions": (dict,),
+    "refined_from": (dict,),
+    "coco": (dict,),
+}
 
 
 @dataclass(frozen=True)
@@ -57,101 +87,177 @@ def read_run(labels: str) -> dict[str, Any]:
 
     Raises:
       ValueError: the directory is not one of ours.
+      DamagedFile: it is, but run.json is damaged.
     """
+    return _parse_run(labels, _read_run(labels))
+
+
+def _read_run(labels: str) -> bytes:
     path = FileSystems.join(labels, RUN_FILE)
-    if not FileSystems.exists(path):
-        raise ValueError(f"{labels} holds no labels: there is no {RUN_FILE}. {_EXPECTED}")
+    FileSystems.get_filesystem(path)  # raises what is wrong with a path that is on none
     try:
-        run = read_json(path)
+        return read_json_bytes(path, MAX_JSON_BYTES)
+    except OSError as error:
+        if FileSystems.exists(path):
+            raise
+        raise ValueError(f"{labels} holds no labels: there is no {RUN_FILE}. {_EXPECTED}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. Label again, into another --output.") from error
+        raise _damaged_run(path, error) from error
+
+
+def _parse_run(labels: str, data: bytes) -> dict[str, Any]:
+    path = FileSystems.join(labels, RUN_FILE)
+    try:
+        run = parse_json(data)
+    except ValueError as error:
+        raise _damaged_run(path, error) from error
     if not isinstance(run, dict) or not run.keys() >= _MADE_BY_US:
         raise ValueError(f"{path} was not written by maskbeam. {_EXPECTED}")
+    try:
+        for name, kinds in _KINDS.items():
+            if name in run and type(run[name]) not in kinds:
+                raise ValueError(f"its {name} is {str(run[name])[:100]!r}; expected {kinds[0].__name__}")
+        ReadConfig(**{name: tuple(names) for name, names in run.get("names", {}).items()})
+        ImageConfig(run.get("exif", ImageConfig.exif), run.get("max_pixels", ImageConfig.max_pixels))
+        _category_ids(run)
+    except (ValueError, TypeError) as error:  # TypeError: the settings of another version
+        raise _damaged_run(path, error) from error
     return run
 
 
-def list_chunks(labels: str) -> list[tuple[str, int]]:
-    """Shard and index of each committed chunk, in the order in which everything that reads labels goes through them.
+def _damaged_run(path: str, error: Exception) -> DamagedFile:
+    return DamagedFile(f"{path} is damaged: {error}. Label again, into another --output.")
+
+
+def _category_ids(run: dict[str, Any]) -> frozenset[int]:
+    """The classes that masks may have."""
+    if "coco" not in run:
+        return frozenset([CATEGORY_OBJECT])
+    return category_ids(run["coco"].get("categories"))
+
+
+@lru_cache(maxsize=4)
+def _limits(labels: str, data: bytes) -> tuple[int, frozenset[int]]:
+    """What run.json says of the rows: pixels that an image may have, and _category_ids. By its content, since a
+    directory may be labeled again."""
+    run = _parse_run(labels, data)
+    return min(run.get("max_pixels", MAX_PIXELS), MAX_PIXELS), _category_ids(run)
+
+
+def list_chunks(labels: str) -> list[ChunkKey]:
+    """The committed chunks, in the order in which everything that reads labels goes through them.
+
+    Of a run that is not finished, a warning says so.
 
     Raises:
-      ValueError: there is none, or the directory is not one of ours.
+      ValueError: there is none, some that the summary counts are missing, or the directory is not one of ours.
     """
-    chunks = [(shard, index) for shard, indices in sorted(committed_chunks(labels).items()) for index in indices]
+    run = read_run(labels)
+    manifest = read_manifest(labels, run)
+    committed = list_tables(labels, (IMAGES_DIR, ANNOTATIONS_DIR)).committed()
+    chunks = newest(committed) if manifest is None else manifest.counting(committed)
     if not chunks:
-        read_run(labels)  # which tells better what is wrong with a directory that is none of ours
         raise ValueError(f"{labels} holds no finished chunk. Let `maskbeam label` run until it has committed some.")
+    gone = {shard.name for shard in manifest.gone} if manifest else set()
+    _check_complete(labels, sum(chunk.shard not in gone for chunk in chunks))
     return chunks
 
 
-def read_chunk(labels: str, shard: str, index: int) -> ChunkTables:
-    """The two tables of a committed chunk.
+def _check_complete(labels: str, num_chunks: int) -> None:
+    """Compares the chunks that are there with those that the summary counts."""
+    path = FileSystems.join(labels, SUMMARY_FILE)
+    if not FileSystems.exists(path):
+        _log.warning("%s is not finished: this is what it has so far. Run the command that makes it again.", labels)
+        return
+    expected = read_json(path).get("chunks") or 0
+    if num_chunks < expected:
+        raise ValueError(
+            f"{expected - num_chunks} of the {expected} chunks that {path} counts are missing in {labels}. Run the "
+            "command that made it again: it makes them anew."
+        )
+
+
+def read_chunk(labels: str, chunk: ChunkKey) -> ChunkTables:
+    """The two tables of a committed chunk, checked.
 
     Raises:
-      ValueError: a file is damaged, or is not one of ours.
+      DamagedFile: a file is not what it should be; names it, and the row.
     """
-    tables = []
-    for directory, schema in ((IMAGES_DIR, IMAGES), (ANNOTATIONS_DIR, ANNOTATIONS)):
-        path = FileSystems.join(labels, directory, chunk_name(shard, index))
-        tables.append(_read_table(path))
-        if missing := [name for name in schema.names if name not in tables[-1].column_names]:
-            raise ValueError(
-                f"{path} has no column {missing[0]}: it was not written by maskbeam, or by another version."
-            )
-    images, annotations = tables
-    strays = set(annotations["image_id"].unique().to_pylist()) - set(images["image_id"].to_pylist())
-    if strays:
-        raise ValueError(
-            f"the annotations of chunk {chunk_name(shard, index)} in {labels} are of images that its images table "
-            f"does not have, such as {min(strays)!r}: its two files do not belong together. Label again."
-        )
-    return ChunkTables(shard, index, images, annotations)
+    max_pixels, categories = _limits(labels, _read_run(labels))
+    name = chunk.file_name
+    images = _read_checked_images(labels, name, max_pixels)
+    with _reading(FileSystems.join(labels, ANNOTATIONS_DIR, name)) as file:
+        annotations = _read_table(file, ANNOTATIONS)
+        check_annotations(annotations, images, categories)
+    return ChunkTables(chunk.shard, chunk.index, images, annotations)
 
 
 def read_chunks(labels: str) -> Iterator[ChunkTables]:
     """All committed chunks, one at a time in memory.
 
     Raises:
-      ValueError: there is none, or one is damaged.
+      ValueError: there is none.
+      DamagedFile: see read_chunk.
     """
-    for shard, index in list_chunks(labels):
-        yield read_chunk(labels, shard, index)
+    for chunk in list_chunks(labels):
+        yield read_chunk(labels, chunk)
 
 
-def read_image_ids(labels: str, chunks: list[tuple[str, int]]) -> Iterator[str]:
-    """The ids of all images of the chunks, of which nothing else is read.
-
-    Raises:
-      ValueError: a file is damaged, or is not one of ours.
-    """
+def read_image_ids(labels: str, chunks: list[ChunkKey]) -> Iterator[str]:
+    """The ids of all images of the chunks; see read_images."""
     for images in read_images(labels, chunks, ["image_id"]):
         yield from images["image_id"].to_pylist()
 
 
-def read_images(labels: str, chunks: list[tuple[str, int]], columns: list[str]) -> Iterator[pa.Table]:
-    """Columns of the images table of each chunk, of which nothing else is read.
+def read_images(labels: str, chunks: list[ChunkKey], columns: list[str]) -> Iterator[pa.Table]:
+    """Columns of the images table of each chunk, of which the annotations are not read.
 
     Raises:
-      ValueError: a file is damaged, or is not one of ours.
+      DamagedFile: a file is not what it should be; names it, and the row.
     """
-    for shard, index in chunks:
-        yield _read_table(FileSystems.join(labels, IMAGES_DIR, chunk_name(shard, index)), columns)
+    max_pixels, _ = _limits(labels, _read_run(labels))
+    for chunk in chunks:
+        yield _read_checked_images(labels, chunk.file_name, max_pixels).select(columns)
 
 
-def read_candidates(labels: str, shard: str, index: int, columns: list[str]) -> pa.Table:
-    """Columns of the candidates of a committed chunk; "segmentation.counts" is a part of one.
+def read_candidates(labels: str, chunk: ChunkKey, images: pa.Table, columns: list[str], config: AmgConfig) -> pa.Table:
+    """Columns of the candidates of a committed chunk, checked; "segmentation.counts" is a part of one.
+
+    Args:
+      images: of the chunk, from read_chunk.
+      config: the settings that the candidates were made with.
 
     Raises:
-      ValueError: the file is not there or damaged.
+      DamagedFile: the file is not there, or not what it should be; names it, and the row.
     """
-    return _read_table(FileSystems.join(labels, CANDIDATES_DIR, chunk_name(shard, index)), columns)
+    with _reading(FileSystems.join(labels, CANDIDATES_DIR, chunk.file_name)) as file:
+        candidates = read_table(file, CANDIDATES, columns)
+        check_candidates(candidates, images, config)
+    return candidates
 
 
-def _read_table(path: str, columns: list[str] | None = None) -> pa.Table:
+def _read_checked_images(labels: str, name: str, max_pixels: int) -> pa.Table:
+    with _reading(FileSystems.join(labels, IMAGES_DIR, name)) as file:
+        images = _read_table(file, IMAGES)
+        check_images(images, max_pixels)
+    return images
+
+
+def _read_table(file: IO[bytes], schema: pa.Schema) -> pa.Table:
+    """All columns of the schema, and that of imported labels."""
+    imported = COCO_FIELD.name in open_parquet(file).schema_arrow.names
+    schema = schema.append(COCO_FIELD) if imported else schema
+    return read_table(file, schema, schema.names)
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[IO[bytes]]:
+    """A file of a chunk. What turns out to be wrong with it becomes the one sentence that a command ends with."""
     try:
         with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-            return open_parquet(file).read(columns, use_threads=False)
+            yield file
     except (ValueError, OSError, pa.ArrowException) as error:
         first_line = str(error).partition("\n")[0]
-        raise ValueError(
+        raise DamagedFile(
             f"{path} cannot be read: {first_line}. Delete it, if it is there, and run the command that made it again."
         ) from error

@@ -17,7 +17,6 @@ from itertools import islice, takewhile
 from typing import Literal
 from urllib.parse import quote
 
-import apache_beam as beam
 from apache_beam.io.filesystem import FileSystem
 from apache_beam.io.filesystems import FileSystems
 
@@ -109,28 +108,6 @@ def match_shards(config: InputConfig, read: ReadConfig | None = None) -> Matched
     if config.limit is not None:
         shards = list(first_images(shards, config.limit, read or ReadConfig(), root))
     return Matched(root, tuple(shards), tuple(ignored))
-
-
-class MatchShards(beam.PTransform):
-    """`match_shards` on a worker: only paths are shuffled, so that shards spread over the workers."""
-
-    def __init__(self, config: InputConfig, read: ReadConfig | None = None) -> None:
-        super().__init__()
-        # A worker need not have the launcher's working directory.
-        self.config = replace(config, input=tuple(absolute(pattern) for pattern in config.input))
-        self.read = read
-
-    def expand(self, root: beam.pvalue.PBegin) -> beam.PCollection[Shard]:
-        return (
-            root
-            | "Start" >> beam.Create([self.config], reshuffle=False)
-            | "Match" >> beam.FlatMap(_shards, read=self.read).with_output_types(Shard)
-            | "Spread" >> beam.Reshuffle()
-        )
-
-
-def _shards(config: InputConfig, read: ReadConfig | None) -> tuple[Shard, ...]:
-    return match_shards(config, read).shards
 
 
 def check_output(config: InputConfig, output: str) -> None:
@@ -231,7 +208,7 @@ def list_files(pattern: str) -> tuple[str, list[SourceFile]]:
         if os.path.isdir(pattern):
             return pattern, list(_walk(pattern, ("**",)))
         if os.path.exists(pattern):
-            return _parent(pattern), [SourceFile(pattern, os.path.getsize(pattern))]
+            return _parent(pattern), [_source_file(pattern, os.stat(pattern))]
         if not is_glob or not os.path.isdir(start):
             return start, []
         found = list(_walk(start, tuple(pattern[len(start) :].lstrip("/").split("/"))))
@@ -253,7 +230,11 @@ def list_files(pattern: str) -> tuple[str, list[SourceFile]]:
 def _match(pattern: str) -> list[SourceFile]:
     # Object stores mark directories with empty objects whose names end with a slash.
     metadata = FileSystems.match([pattern])[0].metadata_list
-    return [SourceFile(file.path, file.size_in_bytes) for file in metadata if not file.path.endswith("/")]
+    return [
+        SourceFile(file.path, file.size_in_bytes, file.last_updated_in_seconds or 0.0)
+        for file in metadata
+        if not file.path.endswith("/")
+    ]
 
 
 def _walk(directory: str, parts: tuple[str, ...]) -> Iterator[SourceFile]:
@@ -278,26 +259,28 @@ def _walk(directory: str, parts: tuple[str, ...]) -> Iterator[SourceFile]:
             continue
         for entry in entries:
             if not entry.is_dir():
-                yield SourceFile(entry.path, _num_bytes(entry))
+                yield _listed(entry)
             elif "**" in parts[0]:
                 pending.append((entry.path, parts, above | {identity}))
             elif len(parts) > 1 and _glob_matcher(parts[0])(entry.name):
                 pending.append((entry.path, parts[1:], above | {identity}))
 
 
-def _num_bytes(entry: os.DirEntry[str]) -> int:
+def _listed(entry: os.DirEntry[str]) -> SourceFile:
     try:
-        return entry.stat().st_size
+        return _source_file(entry.path, entry.stat())
     except OSError:  # a dangling link: reading it says why it fails
-        return 0
+        return SourceFile(entry.path, 0)
+
+
+def _source_file(path: str, status: os.stat_result) -> SourceFile:
+    return SourceFile(path, status.st_size, status.st_mtime)
 
 
 def _loose_shards(directory: str, files: Sequence[SourceFile], chunk_size: int, root: str) -> Iterator[Shard]:
     name = shard_name("" if directory == root else relative_path(directory, root))
-    first_row = 0
     for index, (chunk, _) in enumerate(cut_chunks(files, lambda file: file.num_bytes, chunk_size)):
-        yield Shard(name, directory, "image", chunk, first_chunk=index, first_row=first_row)
-        first_row += len(chunk)
+        yield Shard(name, directory, "image", chunk, first_chunk=index)
 
 
 def _check_usable(pattern: str, files: Sequence[SourceFile], input_format: str | None) -> None:

@@ -1,136 +1,64 @@
-"""What a Parquet file says of itself, read from its bytes before Arrow reads them.
+"""What a Parquet file says of itself, read from its bytes before Arrow reads them, so that it cannot hurt.
 
 Arrow descends into nested columns by recursion, without a limit: a footer of a few hundred kilobytes with thousands of
-levels overflows the stack and ends the process (tried with pyarrow 25: 7,000 levels in a thread of 8 MiB). It also
-allocates whatever size the header of a page claims.
+levels overflows the stack and ends the process (tried with pyarrow 25: 7,000 levels in a thread of 8 MiB). Asking it
+for a damaged file's columns ends the process, too. And it takes the memory for a page that the page's header asks for:
+a file of a few kilobytes may ask for gigabytes, whatever the sizes in its footer are.
 
-FileMetaData, RowGroup, ColumnChunk, ColumnMetaData, SchemaElement and PageHeader are those of parquet-format's
-parquet.thrift, in Thrift's compact protocol (thrift/doc/specs/thrift-compact-protocol.md).
+FileMetaData, SchemaElement and PageHeader are those of parquet-format's parquet.thrift, in Thrift's compact protocol
+(thrift/doc/specs/thrift-compact-protocol.md).
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import IO
 
-# Numbers of fields.
-_SCHEMA, _ROW_GROUPS = 2, 4  # FileMetaData
-_NUM_CHILDREN = 5  # SchemaElement
-_COLUMNS = 1  # RowGroup
-_META_DATA = 3  # ColumnChunk
-_PATH, _COLUMN_VALUES, _COLUMN_BYTES, _DATA_OFFSET, _DICTIONARY_OFFSET = 3, 5, 7, 9, 11  # ColumnMetaData
-_PAGE_KIND, _INFLATED_BYTES, _PAGE_BYTES = 1, 2, 3  # PageHeader
-_HEADERS_BY_KIND = (5, 7, 8)  # PageHeader: of data, a dictionary, data of version 2; field 1 of each counts the values
+import pyarrow as pa
 
-_DICTIONARY_PAGE = 2  # a kind of page
+# Fields of FileMetaData, SchemaElement, RowGroup and ColumnChunk.
+_SCHEMA, _ROW_GROUPS = 2, 4
+_NUM_CHILDREN = 5
+_COLUMNS, _NUM_ROWS = 1, 3
+_COLUMN_META_DATA = 3
+# Of ColumnMetaData.
+_TYPE, _PATH, _CODEC, _NUM_VALUES, _COMPRESSED_BYTES, _DATA_OFFSET, _DICTIONARY_OFFSET = 1, 3, 4, 5, 7, 9, 11
+_TEXT = 6  # the type of columns of byte arrays
+_CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
+# Of PageHeader, and of the headers of data pages (of two versions) in it.
+_PAGE_TYPE, _PAGE_BYTES, _PAGE_COMPRESSED_BYTES, _DATA_PAGE, _DATA_PAGE_V2 = 1, 2, 3, 5, 8
+_DICTIONARY_PAGE = 2  # the type of the page with the values to which others point
+_PAGE_VALUES = 1
+_PAGE_ENCODING = {_DATA_PAGE: 2, _DATA_PAGE_V2: 4}
 
+# An encoding of strings in which each may repeat most of the one before, so that they grow with the square of the page.
+_DELTA_BYTE_ARRAY = 7
 
-@dataclass(frozen=True)
-class ColumnChunk:
-    """A column of a row group.
+# Bytes that are read to find a page's header in; those with long statistics have more, up to Arrow's own limit.
+_HEADER_BYTES = (2**12, 2**24)
 
-    Attributes:
-      path: names from the root to the column, joined by dots.
-      start, num_bytes: where its pages are in the file.
-      num_values: in all its pages.
-    """
-
-    path: str
-    start: int
-    num_bytes: int
-    num_values: int
-
-
-@dataclass(frozen=True)
-class PageHeader:
-    """What precedes a page.
-
-    Attributes:
-      header_bytes: its own size.
-      is_dictionary: whether the page holds a dictionary and no values of rows.
-      inflated_bytes, num_bytes: of the page, in memory and in the file.
-      num_values: in the page.
-    """
-
-    header_bytes: int
-    is_dictionary: bool
-    inflated_bytes: int
-    num_bytes: int
-    num_values: int
+# Thrift's structs within structs: more than Parquet has, and fewer than Python's stack takes.
+_MAX_STRUCTS = 64
 
 
-def read_page_header(data: bytes) -> PageHeader:
-    """The header that the bytes begin with.
+def read_footer(file: IO[bytes]) -> bytes:
+    """The serialized FileMetaData at the end of a Parquet file.
 
     Raises:
-      IndexError: it goes on beyond the bytes.
-      ValueError: they are no PageHeader.
+      ValueError: it is no Parquet file, or is cut.
     """
-    values = _CompactValues(data)
-    numbers = {_PAGE_KIND: -1, _INFLATED_BYTES: -1, _PAGE_BYTES: -1}
-    num_values = 0
-    for number, kind in values.fields():
-        if number in numbers and kind in _INTEGERS:
-            numbers[number] = values.integer()
-        elif number in _HEADERS_BY_KIND and kind == _STRUCT:
-            num_values = values.integers(1).get(1, 0)
-        else:
-            values.skip(kind)
-    page_kind, inflated_bytes, num_bytes = numbers.values()
-    if min(inflated_bytes, num_bytes, num_values) < 0:
-        raise ValueError(f"it claims {num_values} values in {inflated_bytes} bytes, {num_bytes} of them in the file")
-    return PageHeader(values.place, page_kind == _DICTIONARY_PAGE, inflated_bytes, num_bytes, num_values)
-
-
-def read_row_groups(footer: bytes) -> Iterator[list[ColumnChunk]]:
-    """The columns of each row group of a serialized FileMetaData.
-
-    Raises:
-      ValueError, IndexError: the bytes are no FileMetaData.
-    """
-    values = _CompactValues(footer)
-    for number, kind in values.fields():
-        if number == _ROW_GROUPS:
-            for _ in range(values.list_size()):
-                yield _read_row_group(values)
-        else:
-            values.skip(kind)
-
-
-def _read_row_group(values: _CompactValues) -> list[ColumnChunk]:
-    columns: list[ColumnChunk] = []
-    for number, kind in values.fields():
-        if number == _COLUMNS:
-            columns = [_read_column_chunk(values) for _ in range(values.list_size())]
-        else:
-            values.skip(kind)
-    return columns
-
-
-def _read_column_chunk(values: _CompactValues) -> ColumnChunk:
-    chunk = ColumnChunk("", 0, 0, 0)
-    for number, kind in values.fields():
-        if number == _META_DATA and kind == _STRUCT:
-            chunk = _read_column_meta_data(values)
-        else:
-            values.skip(kind)
-    return chunk
-
-
-def _read_column_meta_data(values: _CompactValues) -> ColumnChunk:
-    path: list[str] = []
-    numbers = dict.fromkeys((_COLUMN_VALUES, _COLUMN_BYTES, _DATA_OFFSET, _DICTIONARY_OFFSET), 0)
-    for number, kind in values.fields():
-        if number == _PATH:
-            path = [values.text() for _ in range(values.list_size())]
-        elif number in numbers and kind in _INTEGERS:
-            numbers[number] = values.integer()
-        else:
-            values.skip(kind)
-    num_values, num_bytes, start, dictionary_start = numbers.values()
-    if 0 < dictionary_start < start:  # as Arrow does
-        start = dictionary_start
-    return ColumnChunk(".".join(path), start, num_bytes, num_values)
+    # A file ends with: FileMetaData | its length, uint32 little endian | PAR1.
+    num_bytes = file.seek(0, io.SEEK_END)
+    file.seek(max(num_bytes - 8, 0))
+    tail = file.read(8)
+    footer_bytes = int.from_bytes(tail[:4], "little")
+    if tail[4:] != b"PAR1" or footer_bytes > num_bytes - 8:
+        raise ValueError("it is no Parquet file, or its end is missing")
+    file.seek(num_bytes - 8 - footer_bytes)
+    return file.read(footer_bytes)
 
 
 def schema_depth(footer: bytes) -> int:
@@ -160,26 +88,165 @@ def schema_depth(footer: bytes) -> int:
     return depth
 
 
-# Types of values in the compact protocol.
-_TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT, _UUID = 1, 2, 3, 7, 8, 9, 10, 11, 12, 13
-_INTEGERS = (4, 5, 6)
-_WIDTHS = {_TRUE: 0, _FALSE: 0, _BYTE: 1, _DOUBLE: 8, _UUID: 16}  # a field's truth is in its type
+@dataclass(frozen=True)
+class ColumnChunk:
+    """One column of one row group, as the footer has it.
+
+    Attributes:
+      path: names of the column and of its parts, as in ("segmentation", "counts").
+      num_values: at the lowest level.
+      start, num_bytes: where its pages lie in the file, compressed.
+      text: whether its values are byte arrays.
+      codec: of the compression, None without one.
+    """
+
+    path: tuple[str, ...]
+    num_values: int
+    start: int
+    num_bytes: int
+    text: bool = False
+    codec: str | None = None
+
+
+def column_chunks(footer: bytes) -> Iterator[ColumnChunk]:
+    """The column chunks of all row groups; see row_groups."""
+    return itertools.chain.from_iterable(row_groups(footer))
+
+
+def row_groups(footer: bytes) -> Iterator[list[ColumnChunk]]:
+    """The column chunks of each row group of a serialized FileMetaData.
+
+    Raises:
+      ValueError, IndexError: the bytes are no FileMetaData, or its numbers of rows and values contradict each other.
+    """
+    values = _CompactValues(footer)
+    for number, kind in values.fields():
+        if number != _ROW_GROUPS:
+            values.skip(kind)
+            continue
+        for _ in range(values.list_size()):
+            yield values.row_group()
+
+
+@dataclass(frozen=True)
+class Inflated:
+    """What a column chunk becomes, by its pages' headers.
+
+    Attributes:
+      num_bytes: of its pages, decompressed.
+      num_values: in them.
+      dictionary: place, compressed and decompressed bytes of the page with the values to which others point.
+    """
+
+    num_bytes: int
+    num_values: int
+    dictionary: tuple[int, int, int] | None = None
+
+
+def inflate(file: IO[bytes], column: ColumnChunk) -> Inflated:
+    """Reads the headers of a column chunk's pages.
+
+    Raises:
+      ValueError, IndexError: a header is damaged, or an encoding may inflate without bound.
+    """
+    num_bytes = num_values = 0
+    dictionary = None
+    for page in read_pages(file, column):
+        if page.encoding == _DELTA_BYTE_ARRAY:
+            raise ValueError(f"the page at byte {page.place} has an encoding that no reader here takes")
+        num_bytes, num_values = num_bytes + page.num_bytes, num_values + page.num_values
+        if page.is_dictionary:
+            dictionary = (page.place + page.header_bytes, page.compressed_bytes, page.num_bytes)
+    if num_values != column.num_values:
+        raise ValueError(f"the pages have {num_values} values; its footer says {column.num_values}")
+    return Inflated(num_bytes, num_values, dictionary)
+
+
+def longest_text(file: IO[bytes], column: ColumnChunk, inflated: Inflated) -> int:
+    """Bytes of the longest text in a column chunk's dictionary: any row may point to it. 0 without a dictionary.
+
+    Raises:
+      ValueError: it cannot be decompressed.
+    """
+    if not column.text or inflated.dictionary is None:
+        return 0
+    start, compressed_bytes, num_bytes = inflated.dictionary
+    file.seek(start)
+    data = file.read(compressed_bytes)
+    if column.codec is not None:
+        if column.codec not in _CODECS.values():
+            raise ValueError(f"the column {'.'.join(column.path)} has a compression that is not read here")
+        data = pa.Codec(column.codec).decompress(data, num_bytes, asbytes=True)
+    longest = place = 0
+    while place + 4 <= len(data):  # of each text its length, uint32 little endian, and itself
+        length = int.from_bytes(data[place : place + 4], "little")
+        longest, place = max(longest, length), place + 4 + length
+    return longest
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page, as its header has it.
+
+    Attributes:
+      kind: by parquet.thrift.
+      header_bytes, num_bytes, compressed_bytes: of the header, of the page in memory, of the page in the file.
+      num_values: 0 for a dictionary.
+      encoding: by parquet.thrift; -1 for a dictionary.
+      place: of its header in the file.
+    """
+
+    kind: int
+    header_bytes: int
+    num_bytes: int
+    compressed_bytes: int
+    num_values: int
+    encoding: int
+    place: int = 0
+
+    @property
+    def is_dictionary(self) -> bool:
+        return self.kind == _DICTIONARY_PAGE
+
+
+def read_pages(file: IO[bytes], column: ColumnChunk) -> Iterator[Page]:
+    """The pages of a column chunk that Arrow would read: until all values are there, or the chunk ends.
+
+    Raises:
+      ValueError, IndexError: a header is damaged.
+    """
+    place, end, values_left = column.start, column.start + column.num_bytes, column.num_values
+    while values_left > 0 and place < end:
+        page = _read_page(file, place)
+        if min(page.num_bytes, page.compressed_bytes, page.num_values) < 0:
+            raise ValueError(f"the page at byte {place} has negative sizes")
+        yield page
+        values_left -= page.num_values
+        place += page.header_bytes + page.compressed_bytes
+
+
+def _read_page(file: IO[bytes], place: int) -> Page:
+    for most in _HEADER_BYTES:
+        file.seek(place)
+        data = file.read(most)
+        try:
+            return replace(_CompactValues(data).page(), place=place)
+        except IndexError:
+            if len(data) < most or most == _HEADER_BYTES[-1]:
+                raise
+    raise AssertionError("the last try raises")
 
 
 class _CompactValues:
-    """Values of Thrift's compact protocol, one after the other.
-
-    Attributes:
-      place: of the next byte.
-    """
+    """Values of Thrift's compact protocol, one after the other."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        self.place = 0
+        self._place = 0
 
     def _byte(self) -> int:
-        self.place += 1
-        return self._data[self.place - 1]
+        self._place += 1
+        return self._data[self._place - 1]
 
     def _varint(self) -> int:
         value = 0
@@ -190,72 +257,121 @@ class _CompactValues:
                 return value
         raise ValueError("a number of more than 64 bits")
 
-    def integer(self) -> int:
+    def _integer(self) -> int:
         value = self._varint()  # zigzag: 0, -1, 1, -2, ...
         return (value >> 1) ^ -(value & 1)
-
-    def text(self) -> str:
-        num_bytes = self._varint()
-        self.place += num_bytes
-        return self._data[self.place - num_bytes : self.place].decode("utf-8", "replace")
 
     def fields(self) -> Iterator[tuple[int, int]]:
         """Number and type of each field of a struct; the caller reads or skips the value before the next one."""
         number = 0
         while header := self._byte():
-            number = number + (header >> 4) if header >> 4 else self.integer()
+            number = number + (header >> 4) if header >> 4 else self._integer()
             yield number, header & 15
-
-    def integers(self, *wanted: int) -> dict[int, int]:
-        """Reads a struct; the integers among its fields that are wanted, by number."""
-        found = {}
-        for number, kind in self.fields():
-            if number in wanted and kind in _INTEGERS:
-                found[number] = self.integer()
-            else:
-                self.skip(kind)
-        return found
-
-    def num_children(self) -> int:
-        """Reads a SchemaElement; 0 for a column."""
-        return self.integers(_NUM_CHILDREN).get(_NUM_CHILDREN, 0)
 
     def list_size(self) -> int:
         """The header of a list."""
-        return self._list_header()[0]
+        size = self._byte() >> 4
+        return self._varint() if size == 15 else size
 
-    def _list_header(self) -> tuple[int, int]:
-        header = self._byte()
-        return self._varint() if header >> 4 == 15 else header >> 4, header & 15
+    def num_children(self) -> int:
+        """Reads a SchemaElement; 0 for a column."""
+        children = 0
+        for number, kind in self.fields():
+            if number == _NUM_CHILDREN:
+                children = self._integer()
+            else:
+                self.skip(kind)
+        return children
 
-    def skip(self, kind: int) -> None:
+    def row_group(self) -> list[ColumnChunk]:
+        """Reads a RowGroup."""
+        columns: list[ColumnChunk] = []
+        num_rows = -1
+        for number, kind in self.fields():
+            if number == _COLUMNS:
+                columns = [self._column_chunk() for _ in range(self.list_size())]
+            elif number == _NUM_ROWS:
+                num_rows = self._integer()
+            else:
+                self.skip(kind)
+        if any(not 0 <= num_rows <= column.num_values for column in columns):
+            raise ValueError(f"a group of {num_rows} rows has columns of fewer values")
+        return columns
+
+    def _column_chunk(self) -> ColumnChunk:
+        path: tuple[str, ...] = ()
+        found: dict[int, int] = {}
+        for number, kind in self.fields():
+            if number != _COLUMN_META_DATA:
+                self.skip(kind)
+                continue
+            for field, inner in self.fields():
+                if field == _PATH:
+                    path = tuple(self._text() for _ in range(self.list_size()))
+                elif inner in (4, 5, 6):
+                    found[field] = self._integer()
+                else:
+                    self.skip(inner)
+        data, dictionary = found.get(_DATA_OFFSET, -1), found.get(_DICTIONARY_OFFSET, 0)
+        start = dictionary if 0 < dictionary < data else data
+        number = found.get(_CODEC, 0)
+        codec = _CODECS.get(number, f"number {number}") if number else None
+        num_values, num_bytes = found.get(_NUM_VALUES, -1), found.get(_COMPRESSED_BYTES, -1)
+        column = ColumnChunk(path, num_values, start, num_bytes, found.get(_TYPE) == _TEXT, codec)
+        if min(column.num_values, column.start, column.num_bytes) < 0:
+            raise ValueError(f"the column {'.'.join(path)} has no place in the file")
+        return column
+
+    def page(self) -> Page:
+        """Reads a PageHeader."""
+        sizes = {_PAGE_TYPE: -1, _PAGE_BYTES: -1, _PAGE_COMPRESSED_BYTES: -1}
+        num_values, encoding = 0, -1
+        for number, kind in self.fields():
+            if number in sizes:
+                sizes[number] = self._integer()
+            elif number in _PAGE_ENCODING:
+                for field, inner in self.fields():
+                    if field == _PAGE_VALUES:
+                        num_values = self._integer()
+                    elif field == _PAGE_ENCODING[number]:
+                        encoding = self._integer()
+                    else:
+                        self.skip(inner)
+            else:
+                self.skip(kind)
+        return Page(
+            sizes[_PAGE_TYPE], self._place, sizes[_PAGE_BYTES], sizes[_PAGE_COMPRESSED_BYTES], num_values, encoding
+        )
+
+    def _text(self) -> str:
+        num_bytes = self._varint()
+        self._place += num_bytes
+        return self._data[self._place - num_bytes : self._place].decode("utf-8", "backslashreplace")
+
+    def skip(self, kind: int, depth: int = 0) -> None:
         """Skips a field's value."""
-        if kind in _WIDTHS:
-            self.place += _WIDTHS[kind]
-        elif kind in _INTEGERS:
-            self._varint()
-        elif kind == _BINARY:
-            num_bytes = self._varint()
-            self.place += num_bytes
-        elif kind in (_LIST, _SET):
-            self._skip_elements(*self._list_header())
-        elif kind == _MAP:
-            if size := self._varint():
-                kinds = self._byte()
-                for _ in range(size):
-                    self._skip_elements(1, kinds >> 4)
-                    self._skip_elements(1, kinds & 15)
-        elif kind == _STRUCT:
-            for _, inner in self.fields():
-                self.skip(inner)
-        else:
-            raise ValueError(f"a value of type {kind}, which there is not")
-
-    def _skip_elements(self, size: int, kind: int) -> None:
-        if kind in _WIDTHS:
-            self.place += size * (_WIDTHS[kind] or 1)  # in a list, a truth is a byte
-            if self.place > len(self._data):
-                raise IndexError
+        if depth > _MAX_STRUCTS:
+            raise ValueError(f"values nest more than {_MAX_STRUCTS} levels deep")
+        if kind in (1, 2):  # true, false
             return
-        for _ in range(size):
-            self.skip(kind)
+        if kind == 3:  # a byte
+            self._place += 1
+        elif kind in (4, 5, 6):  # integers
+            self._varint()
+        elif kind == 7:  # a double
+            self._place += 8
+        elif kind == 8:  # a string
+            num_bytes = self._varint()
+            self._place += num_bytes
+        elif kind in (9, 10):  # a list, a set
+            header = self._byte()
+            size = self._varint() if header >> 4 == 15 else header >> 4
+            for _ in range(size):
+                self.skip(3 if header & 15 in (1, 2) else header & 15, depth + 1)
+                if self._place > len(self._data):
+                    raise IndexError("a list that is longer than the data")
+        elif kind == 12:  # a struct
+            for _, inner in self.fields():
+                self.skip(inner, depth + 1)
+        else:
+            raise ValueError(f"a value of type {kind}, which Parquet's own structs do not have")

@@ -51,7 +51,7 @@ class Photos:
         self._read = read or ReadConfig()
         self._found: dict[str, Shard] | None = None
         self._current: tuple[Shard, Iterator[EncodedImage]] | None = None  # the shard that is being read
-        self._row = -1  # the last one read of it
+        self._row: int | None = -1  # the last one read of it
         # Of the loose files that were read so far: path -> sha256, and back.
         self._sha256: dict[str, str] = {}
         self._by_sha256: dict[str, Shard] = {}

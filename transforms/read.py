@@ -6,10 +6,8 @@ A broken file never raises: it gives the images that can be had, and a failed on
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import itertools
-import json
 import tarfile
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -136,8 +134,8 @@ def read_images(shard: Shard, config: ReadConfig, root: str) -> Iterator[Encoded
         image_ids = (relative_path(file.path, root) for file in shard.files)
     else:
         samples = read_container(shard.files[0], READERS[shard.format], config)
-        image_ids = (f"{relative_path(shard.path, root)}#{row}" for row in itertools.count(shard.first_row))
-    rows = itertools.count(shard.first_row)
+        image_ids = (f"{relative_path(shard.path, root)}#{row}" for row in itertools.count())
+    rows: Iterable[int | None] = itertools.repeat(None) if shard.format == "image" else itertools.count()
     for found, image_id, row in zip(itertools.islice(samples, shard.max_images), image_ids, rows, strict=False):
         sample = _without_long_names(found)
         reason = sample.reason or (None if sample.data else "the image has no bytes")
@@ -164,16 +162,15 @@ def read_chunks(
       finished: indices of the chunks to leave out. They are cut again all the same, so the others stay what they
         were; finished loose files are not even opened.
     """
-    digest = chunk_digest(shard, root)
     if shard.format == "image":
         if shard.first_chunk not in finished:
             images = tuple(read_images(shard, config, root))
-            yield Chunk(shard, shard.first_chunk, images, final=True, digest=digest)
+            yield Chunk(shard, shard.first_chunk, images, final=True, digest=shard.digest)
         return
     index = shard.first_chunk
     for images, final in cut_chunks(read_images(shard, config, root), lambda image: len(image.data), chunk_size):
         if index not in finished:
-            yield Chunk(shard, index, images, final, digest)
+            yield Chunk(shard, index, images, final, shard.digest)
         del images  # or it would stay in memory beside the next one
         index += 1
 
@@ -196,12 +193,6 @@ def cut_chunks(
         group.append(item)
         group_bytes += item_bytes
     yield tuple(group), True
-
-
-def chunk_digest(shard: Shard, root: str) -> str:
-    """32 hex digits that change when a file of the shard is renamed, replaced by one of another size, or missing."""
-    files = sorted((relative_path(file.path, root), file.num_bytes) for file in shard.files)
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:32]
 
 
 def relative_path(path: str, root: str) -> str:
@@ -571,6 +562,10 @@ def _columns_to_read(schema: pa.Schema, image: str, key: str | None, file_name: 
     return list(dict.fromkeys([*columns, *(name for name in (key, file_name) if name is not None)]))
 
 
+# How a dataset of paths gets their bytes.
+EMBED = 'dataset = dataset.with_format("arrow").map(datasets.table.embed_table_storage, batched=True)'
+
+
 def _parse_row(values: dict[str, Any], image: str, key: str | None, file_name: str | None) -> Sample:
     data, path = values[image], None
     if isinstance(data, dict):  # as Hugging Face datasets store images
@@ -582,7 +577,10 @@ def _parse_row(values: dict[str, Any], image: str, key: str | None, file_name: s
     if data is None:
         reason = f"{image} is null"
         if path is not None:
-            reason = f"{image} has no bytes, only the path {path!r}: embed the images in the Parquet files"
+            reason = (
+                f"{image} has no bytes, only the path {path!r}: give the image files themselves as --input, or embed "
+                f"them with Hugging Face's datasets before to_parquet: {EMBED}"
+            )
     return Sample(data or b"", _text(values[key]) if key else None, name, reason)
 
 

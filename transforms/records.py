@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from transforms.crops import CropBox
@@ -20,6 +20,10 @@ MAX_ANNOTATIONS_SHOWN = 10
 
 # A byte that is not UTF-8, or the backslash of a name that looks like one.
 _ESCAPE = re.compile(r"\\x([89a-f][0-9a-f]|5c)")
+
+
+class DamagedFile(RuntimeError):
+    """A file is not what it should be. The message names it, says where and what is wrong, and what to do."""
 
 
 def printable(text: str) -> str:
@@ -45,10 +49,15 @@ def unescape_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """An input file as the file system lists it."""
+    """An input file as the file system lists it.
+
+    Attributes:
+      last_updated: seconds since 1970; 0 = not known. A hint that the bytes are those of before, and no more.
+    """
 
     path: str
     num_bytes: int
+    last_updated: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -61,8 +70,10 @@ class Shard:
       format: one of FORMATS.
       files: the file itself, or the loose files in the order of their paths.
       first_chunk: index of its first chunk. Loose files come one chunk a Shard, so theirs count up.
-      first_row: row of its first image, likewise.
       max_images: read no more images than this; None = all.
+      generation: of its chunks: a chunk of a higher one replaces it.
+      redone: (index, generation) of those of its chunks that have a higher one.
+      digest: identifies what its chunks are made of, so that a resume notices one that is made of something else.
     """
 
     name: str
@@ -70,8 +81,14 @@ class Shard:
     format: str
     files: tuple[SourceFile, ...]
     first_chunk: int = 0
-    first_row: int = 0
     max_images: int | None = None
+    generation: int = 0
+    redone: tuple[tuple[int, int], ...] = ()
+    digest: str = ""
+
+    def generation_of(self, index: int) -> int:
+        """The generation of one of its chunks."""
+        return dict(self.redone).get(index, self.generation)
 
     @property
     def num_bytes(self) -> int:
@@ -119,7 +136,7 @@ class EncodedImage:
 
     Attributes:
       image_id: unique in the run: path relative to root for loose files, `<shard path>#<row>` in shards.
-      row: position in the shard, from 0.
+      row: position in the shard, from 0; None for loose files.
       key: the record's own key (WebDataset key, `image/source_id`), if it has one.
       file_name: the record's own file name, if it has one; for loose files the base name.
       data: the file's bytes; empty where reading failed.
@@ -128,7 +145,7 @@ class EncodedImage:
     """
 
     image_id: str
-    row: int
+    row: int | None
     key: str | None
     file_name: str | None
     data: bytes
@@ -145,7 +162,7 @@ class Chunk:
       index: position in the shard, from 0.
       images: at most `chunk_size` of them.
       final: True for the shard's last chunk.
-      digest: identifies the source's state, so that a resume notices a changed input.
+      digest: as in Shard.
     """
 
     shard: Shard
@@ -307,6 +324,7 @@ class LabeledChunk:
             candidates=sum(image.num_candidates for image in self.images),
             dropped=sum((image.dropped for image in self.images), Dropped()),
             seconds=sum((image.seconds for image in self.images), Seconds()),
+            chunks=1,
             failures=tuple(
                 f"{image.source.image_id}: {image.failure.stage}: {image.failure.reason}"
                 for image in failed[:MAX_FAILURES_SHOWN]
@@ -321,6 +339,7 @@ class Totals:
     """Sums over images; the sum of all chunks' totals is the run's summary.
 
     Attributes:
+      chunks: committed ones; 0 = not known, before version 2.
       failures: "image_id: stage: reason" of the first few failed images, in the order of their ids.
       annotations: images of tar samples that are not among `images`.
     """
@@ -334,6 +353,7 @@ class Totals:
     candidates: int = 0
     dropped: Dropped = Dropped()
     seconds: Seconds = Seconds()
+    chunks: int = 0
     failures: tuple[str, ...] = ()
     annotations: Annotations = NO_ANNOTATIONS
 
@@ -366,9 +386,10 @@ class ChunkReport:
     """What a committed chunk leaves behind in its images file.
 
     Attributes:
-      digest, source: the state of the chunk's source when it was labeled, for machines and for people.
+      digest, source: what the chunk was made of, for machines (see Shard) and for people.
       final: True for the shard's last chunk.
       run_id: the id in run.json when it was committed.
+      generation: of the chunk, see Shard.
       siblings: bytes of the files that were committed with it, by their directories; None before version 2.
     """
 
@@ -379,4 +400,5 @@ class ChunkReport:
     source: str
     totals: Totals
     run_id: str | None = None
+    generation: int = 0
     siblings: dict[str, int] | None = None

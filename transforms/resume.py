@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Collection, Iterator
+import io
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import apache_beam as beam
+import pyarrow as pa
+from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-from transforms.read import ReadConfig, chunk_digest, read_chunks
+from transforms.parquet_file import open_parquet
+from transforms.read import ReadConfig, read_chunks
 from transforms.records import Chunk, ChunkReport, Shard
+from transforms.schema import report_from_metadata
 from transforms.write import (
     ANNOTATIONS_DIR,
     CANDIDATES_DIR,
     IMAGES_DIR,
-    OutputConfig,
+    ChunkKey,
     chunk_name,
     escape_glob,
     parse_chunk_name,
@@ -23,9 +30,42 @@ from transforms.write import (
 
 FINISHED = "finished"
 
+# Files of committed chunks that are read at the same time: on object stores it is waiting that takes the time.
+_THREADS = 16
+
 
 class InputChanged(RuntimeError):
-    """A shard is not what it was when some of its chunks were labeled."""
+    """The input is not what it was when it was labeled, in a way that needs a word from the user."""
+
+
+@dataclass(frozen=True)
+class TableFiles:
+    """The files of an output that have names of chunks, as they are listed.
+
+    Attributes:
+      num_bytes: by directory and chunk.
+    """
+
+    num_bytes: dict[str, dict[ChunkKey, int]]
+
+    def committed(self, keep_candidates: bool = False) -> list[ChunkKey]:
+        """The chunks that have all their files, sorted; keep_candidates = that of the candidates is one of them."""
+        needed = [IMAGES_DIR, ANNOTATIONS_DIR] + [CANDIDATES_DIR] * keep_candidates
+        return sorted(set.intersection(*(set(self.num_bytes[directory]) for directory in needed)))
+
+
+def list_tables(output: str, directories: Iterable[str] = (IMAGES_DIR, ANNOTATIONS_DIR, CANDIDATES_DIR)) -> TableFiles:
+    """Lists an output's tables: images first, so that what a chunk found there was committed with is found, too."""
+    return TableFiles({directory: _list_directory(output, directory) for directory in directories})
+
+
+def _list_directory(output: str, directory: str) -> dict[ChunkKey, int]:
+    (match,) = FileSystems.match([FileSystems.join(escape_glob(output), directory, "*.parquet")])
+    found = {}
+    for file in match.metadata_list:
+        if key := parse_chunk_name(FileSystems.split(file.path)[1]):  # people put other files there
+            found[key] = file.size_in_bytes
+    return found
 
 
 def committed_chunks(output: str, keep_candidates: bool = False) -> dict[str, list[int]]:
@@ -35,84 +75,108 @@ def committed_chunks(output: str, keep_candidates: bool = False) -> dict[str, li
       output: directory of the labels.
       keep_candidates: whether the candidates file is one of them.
     """
-    found: dict[str, list[int]] = {}
-    names = _file_names(output, IMAGES_DIR) & _file_names(output, ANNOTATIONS_DIR)
-    if keep_candidates:
-        names &= _file_names(output, CANDIDATES_DIR)
-    for name in sorted(names):
-        if parsed := parse_chunk_name(name):  # people put other files there
-            found.setdefault(parsed[0], []).append(parsed[1])
+    directories = [IMAGES_DIR, ANNOTATIONS_DIR] + [CANDIDATES_DIR] * keep_candidates
+    found: dict[str, set[int]] = {}
+    for key in list_tables(output, directories).committed(keep_candidates):
+        found.setdefault(key.shard, set()).add(key.index)
     return {shard: sorted(indices) for shard, indices in found.items()}
 
 
-def _file_names(output: str, directory: str) -> set[str]:
-    pattern = FileSystems.join(escape_glob(output), directory, "*.parquet")
-    return {FileSystems.split(file.path)[1] for match in FileSystems.match([pattern]) for file in match.metadata_list}
+@dataclass(frozen=True)
+class CommittedChunk:
+    """A committed chunk whose files are whole.
 
-
-def check_directories(committed: dict[str, list[int]], shards: Collection[Shard]) -> None:
-    """A directory that lost files at its end has fewer chunks than were labeled: no Shard is left to notice that.
-
-    Raises:
-      InputChanged
+    Attributes:
+      key: which one.
+      report: of it.
+      failed: ids of its failed images.
     """
-    last = {shard.name: shard for shard in shards if shard.format == "image"}  # in the order of their chunks
-    for name, shard in last.items():
-        if committed.get(name, [-1])[-1] > shard.first_chunk:
-            raise InputChanged(
-                f"{shard.path} has fewer files than when it was labeled: it had {committed[name][-1] + 1} chunks, now "
-                f"{shard.first_chunk + 1}. Restore them, label into another --output, or start anew with --overwrite."
-            )
+
+    key: ChunkKey
+    report: ChunkReport
+    failed: frozenset[str]
 
 
-def count_orphans(committed: dict[str, list[int]], shards: Collection[Shard]) -> int:
-    """How many committed chunks are of inputs that are no longer there; their rows stay, and no summary counts them."""
-    loose = {(shard.name, shard.first_chunk) for shard in shards if shard.format == "image"}
-    containers = {shard.name for shard in shards if shard.format != "image"}
-    return sum(
-        name not in containers and (name, index) not in loose
-        for name, indices in committed.items()
-        for index in indices
-    )
+def read_committed(
+    output: str, tables: TableFiles, run_id: str | None, keep_candidates: bool = False
+) -> dict[ChunkKey, CommittedChunk]:
+    """Checks the chunks that are committed for a run; those that are damaged, or of another run, are left out.
+
+    Each images file is read as a whole and its checksums are compared; of the files beside it, the sizes.
+
+    Args:
+      tables: what list_tables gave.
+      run_id: of the run.
+      keep_candidates: whether the candidates file is one of a chunk's.
+    """
+
+    def read(key: ChunkKey) -> CommittedChunk | None:
+        found = _read_checked(output, key)
+        if found is None:
+            return None
+        report, images = found
+        status = zip(images["image_id"].to_pylist(), images["status"].to_pylist(), strict=True)
+        failed = frozenset(image_id for image_id, status in status if status == "failed")
+        counted = (images.num_rows, len(failed)) == (report.totals.images, report.totals.failed)
+        sizes = {directory: tables.num_bytes[directory].get(key) for directory in report.siblings or {}}
+        whole = sizes == (report.siblings or {})
+        return CommittedChunk(key, report, failed) if counted and whole and report.run_id == run_id else None
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        chunks = threads.map(read, tables.committed(keep_candidates))
+        return {chunk.key: chunk for chunk in chunks if chunk is not None}
 
 
-def read_report(output: str, shard: str, index: int) -> ChunkReport | None:
+def read_image_rows(output: str, key: ChunkKey) -> list[dict[str, Any]]:
+    """What tells whether the images of a committed chunk are those of its source, in their order."""
+    found = _read_checked(output, key)
+    if found is None:
+        raise OSError(f"{FileSystems.join(output, IMAGES_DIR, key.file_name)} was damaged a moment ago. Start again.")
+    return found[1].to_pylist()
+
+
+def _read_checked(output: str, key: ChunkKey) -> tuple[ChunkReport, pa.Table] | None:
+    """The report and some columns of an images file; None if it is damaged, gone, or has another chunk's name."""
+    path = FileSystems.join(output, IMAGES_DIR, key.file_name)
+    try:
+        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+            data = file.read()
+    except Exception:  # each file system has an error of its own for this
+        if FileSystems.exists(path):
+            raise
+        return None
+    try:
+        table = open_parquet(io.BytesIO(data)).read(use_threads=False)
+        report = report_from_metadata(table.schema.metadata)
+        images = table.select(["image_id", "row", "sha256", "key", "file_name", "status"])
+    except (ValueError, KeyError, TypeError, OSError, pa.ArrowException):  # what pyarrow raises for broken files
+        return None
+    return (report, images) if ChunkKey(report.shard, report.index, report.generation) == key else None
+
+
+def read_report(output: str, shard: str, index: int, generation: int = 0) -> ChunkReport | None:
     """The report in a committed chunk's images file, None if the file is damaged; only its footer is read.
 
     None, too, if the file is gone: another start is at work in the directory, and has just taken it away.
     """
-    return read_report_file(FileSystems.join(output, IMAGES_DIR, chunk_name(shard, index)))
+    return read_report_file(FileSystems.join(output, IMAGES_DIR, chunk_name(shard, index, generation)))
 
 
 def finished_reports(
-    shard: Shard, root: str, committed: list[int], config: OutputConfig, run_id: str | None = None
+    shard: Shard, committed: Iterable[ChunkKey], output: str, run_id: str | None = None
 ) -> list[ChunkReport]:
     """The reports of the shard's chunks that need not be done again.
 
     Args:
-      committed: indices of the shard's committed chunks, ascending.
+      committed: of the shard.
+      output: directory of the labels.
       run_id: of the run; a start of an earlier one may have committed a last chunk after the directory was taken.
-
-    Raises:
-      InputChanged: the shard changed since.
     """
-    if shard.format == "image":  # such a Shard is one chunk of its directory, which may have a hundred thousand
-        place = bisect.bisect_left(committed, shard.first_chunk)
-        committed = [index for index in committed[place : place + 1] if index == shard.first_chunk]
-    found = [read_report(config.output, shard.name, index) for index in committed]
-    reports = [report for report in found if report is not None and report.run_id == run_id]
-    for report in reports:
-        if report.digest != chunk_digest(shard, root):
-            change = f"it was {report.source}, now it is {shard.source}"
-            if report.source == shard.source:
-                change = f"its files ({shard.source}) have other names or other sizes"
-            raise InputChanged(
-                f"{shard.path} changed since its chunk {report.index} was labeled: {change}. Its labels would be of "
-                "two versions. Restore it, or label into another --output, or start anew with --overwrite."
-            )
-    if config.retry_failed:
-        reports = [report for report in reports if not report.totals.failed]
-    return reports
+    wanted = [key for key in committed if key.generation == shard.generation_of(key.index)]
+    if shard.format == "image":  # such a Shard is one chunk of its directory
+        wanted = [key for key in wanted if key.index == shard.first_chunk]
+    found = [read_report(output, key.shard, key.index, key.generation) for key in wanted]
+    return [report for report in found if report and (report.run_id, report.digest) == (run_id, shard.digest)]
 
 
 def read_unfinished(
@@ -120,10 +184,15 @@ def read_unfinished(
 ) -> Iterator[Chunk]:
     """The chunks of a shard that are not among the finished ones; a finished shard is not opened at all."""
     finished = {report.index for report in reports}
-    final = next((report.index for report in reports if report.final), None)
-    if final is not None and finished >= set(range(shard.first_chunk, final + 1)):
-        return
-    yield from read_chunks(shard, config, root, chunk_size, finished)
+    if not is_finished(reports, shard.first_chunk):
+        yield from read_chunks(shard, config, root, chunk_size, finished)
+
+
+def is_finished(reports: Iterable[ChunkReport], first_chunk: int = 0) -> bool:
+    """Whether these are the reports of all chunks of a shard."""
+    finished = {report.index: report.final for report in reports}
+    final = next((index for index, final in finished.items() if final), None)
+    return final is not None and finished.keys() >= set(range(first_chunk, final + 1))
 
 
 class ReadChunks(beam.PTransform):
@@ -134,7 +203,7 @@ class ReadChunks(beam.PTransform):
         config: ReadConfig,
         chunk_size: int,
         root: str,
-        output: OutputConfig,
+        output: str,
         run_id: str | None = None,
         keep_candidates: bool = False,
     ) -> None:
@@ -150,13 +219,7 @@ class _ReadChunksFn(beam.DoFn):
     """Lists the committed chunks once a worker, instead of once a shard."""
 
     def __init__(
-        self,
-        config: ReadConfig,
-        chunk_size: int,
-        root: str,
-        output: OutputConfig,
-        run_id: str | None,
-        keep_candidates: bool,
+        self, config: ReadConfig, chunk_size: int, root: str, output: str, run_id: str | None, keep_candidates: bool
     ) -> None:
         self._config = config
         self._chunk_size = chunk_size
@@ -166,11 +229,16 @@ class _ReadChunksFn(beam.DoFn):
         self._run_id = run_id
 
     def setup(self) -> None:
-        self._committed = committed_chunks(self._output.output, self._keep_candidates)
+        directories = [IMAGES_DIR, ANNOTATIONS_DIR] + [CANDIDATES_DIR] * self._keep_candidates
+        self._committed: dict[str | tuple[str, int], list[ChunkKey]] = {}
+        for key in list_tables(self._output, directories).committed(self._keep_candidates):
+            # A directory of loose files may have a hundred thousand chunks, and a Shard for each.
+            self._committed.setdefault(key.shard, []).append(key)
+            self._committed.setdefault((key.shard, key.index), []).append(key)
 
     def process(self, shard: Shard) -> Iterator[Chunk | beam.pvalue.TaggedOutput]:
-        committed = self._committed.get(shard.name, [])
-        reports = finished_reports(shard, self._root, committed, self._output, self._run_id)
+        place = (shard.name, shard.first_chunk) if shard.format == "image" else shard.name
+        reports = finished_reports(shard, self._committed.get(place, []), self._output, self._run_id)
         for report in reports:
             yield beam.pvalue.TaggedOutput(FINISHED, report)
         yield from read_unfinished(shard, self._config, self._chunk_size, self._root, reports)

@@ -11,6 +11,18 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools import mask as coco_mask
 
+# Images of more pixels have no RLE here: pycocotools counts them in 32 bits, some of them with a sign.
+MAX_PIXELS = 2**31 - 1
+
+# A character of a compressed RLE is 48 plus a group of 5 bits, plus 32 if the number has more groups.
+_MORE = 48 + 32
+_HIGHEST = 48 + 63
+_MAX_GROUPS = 7  # 35 bits, for lengths of up to 32 and a sign
+_LAST_GROUP = ((np.arange(256) - 48 & 31) ^ 16) - 16  # its value, by the character: the highest bit is the sign
+
+# What counts_to_areas works on at once.
+_BLOCK_CHARACTERS = 2**15
+
 
 @dataclass(frozen=True)
 class Runs:
@@ -97,7 +109,7 @@ def counts_to_lengths(counts: str) -> np.ndarray:
     first = np.zeros_like(last)
     first[1:] = last[:-1] + 1
     sizes = last - first + 1
-    if sizes.max() > 7:  # 35 bits
+    if sizes.max() > _MAX_GROUPS:
         raise ValueError(f"{counts[:40]!r} is no compressed RLE: it has a length beyond 32 bits")
     places = np.arange(len(groups)) - np.repeat(first, sizes)
     lengths = np.add.reduceat((groups & 31).astype(np.int64) << 5 * places, first)
@@ -105,6 +117,91 @@ def counts_to_lengths(counts: str) -> np.ndarray:
     lengths[1::2] = np.cumsum(lengths[1::2])
     lengths[2::2] = np.cumsum(lengths[2::2])
     return lengths
+
+
+def counts_to_areas(characters: np.ndarray, offsets: np.ndarray, num_pixels: np.ndarray) -> np.ndarray:
+    """Checks many compressed RLEs at once: the areas of their masks.
+
+    Args:
+      characters: (C,) uint8, of all strings.
+      offsets: (N + 1,) int64, string i is characters[offsets[i] : offsets[i + 1]].
+      num_pixels: (N,) int64, pixels of the image of each.
+
+    Returns:
+      (N,) int64 pixels; -1 for a string that is no RLE of so many pixels, for which check_counts says why.
+
+    >>> counts_to_areas(np.frombuffer(b"2223", np.uint8), np.array([0, 2, 4]), np.array([4, 4]))
+    array([ 2, -1])
+    """
+    areas = np.empty(len(num_pixels), np.int64)
+    first = 0
+    while first < len(areas):  # blocks that stay in the processor's cache, of one string at least
+        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _BLOCK_CHARACTERS, "right")) - 1)
+        block = characters[offsets[first] : offsets[last]]
+        areas[first:last] = _block_to_areas(block, offsets[first : last + 1] - offsets[first], num_pixels[first:last])
+        first = last
+    return areas
+
+
+def _block_to_areas(characters: np.ndarray, offsets: np.ndarray, num_pixels: np.ndarray) -> np.ndarray:
+    """counts_to_areas without the blocks. As in counts_to_lengths, but for all strings together."""
+    ends = np.flatnonzero(characters < _MORE)  # the last group of each number
+    sizes = np.diff(ends, prepend=-1)
+    well_formed = _well_formed(characters, offsets, ends, sizes)
+    if not well_formed.all():
+        areas = np.full(len(num_pixels), -1)
+        lengths = np.diff(offsets)
+        if well_formed.any():
+            kept = characters[np.repeat(well_formed, lengths)]
+            kept_offsets = np.r_[0, np.cumsum(lengths[well_formed])]
+            areas[well_formed] = _block_to_areas(kept, kept_offsets, num_pixels[well_formed])
+        return areas
+    values = _LAST_GROUP[characters[ends]]
+    longer = np.flatnonzero(sizes > 1)
+    for place in range(1, int(sizes.max(initial=1))):
+        longer = longer[sizes[longer] > place]
+        values[longer] = values[longer] << 5 | (characters[ends[longer] - place] - 48 & 31)
+
+    # Runs of zeros and of ones take turns. Each string gets an even number of places, so that one reshape parts them.
+    counts = np.diff(np.searchsorted(ends, offsets))
+    rows = (counts + 1) // 2
+    first = np.r_[0, np.cumsum(rows)]
+    odd = counts % 2 == 1
+    runs = np.zeros(2 * first[-1], np.int64)
+    filled = np.ones(len(runs), bool)
+    filled[2 * first[1:][odd] - 1] = False
+    runs[filled] = values
+    leading = runs[2 * first[:-1]]  # the first run of zeros, which the next one is not a difference from
+    runs[2 * first[:-1]] = 0
+    zeros, ones = (_sum_within(part, first, rows) for part in (runs[0::2], runs[1::2]))
+    zeros[first[:-1]] = leading
+    ones[first[1:][odd] - 1] = 0
+
+    areas = np.add.reduceat(ones, first[:-1])
+    wrong = areas + np.add.reduceat(zeros, first[:-1]) != num_pixels
+    if min(zeros.min(), ones.min()) < 0:
+        wrong |= np.minimum.reduceat(np.minimum(zeros, ones), first[:-1]) < 0
+    areas[wrong] = -1
+    return areas
+
+
+def _well_formed(characters: np.ndarray, offsets: np.ndarray, ends: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """(N,) bool: strings of whole numbers of at most 7 groups, one at least."""
+    well_formed = np.diff(offsets) > 0
+    well_formed[well_formed] = characters[offsets[1:][well_formed] - 1] < _MORE
+    if characters.min(initial=48) < 48 or characters.max(initial=48) > _HIGHEST:
+        strange = np.flatnonzero((characters < 48) | (characters > _HIGHEST))
+        well_formed[np.searchsorted(offsets, strange, "right") - 1] = False
+    if sizes.max(initial=0) > _MAX_GROUPS:
+        well_formed[np.searchsorted(offsets, ends[sizes > _MAX_GROUPS], "right") - 1] = False
+    return well_formed
+
+
+def _sum_within(values: np.ndarray, first: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Cumulated sums that begin anew at each first."""
+    sums = np.cumsum(values)
+    sums -= np.repeat(np.r_[0, sums[first[1:-1] - 1]], rows)
+    return sums
 
 
 def counts_to_runs(counts: str, size_hw: tuple[int, int]) -> Runs:

@@ -13,19 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import keras
-import keras_hub
 import numpy as np
-from keras import ops
-from keras_hub.src.utils.preset_utils import (  # there is no public way to a preset's files
-    CONFIG_FILE,
-    TASK_CONFIG_FILE,
-    check_file_exists,
-    load_json,
-)
+
+from transforms.backend import native_stderr_silenced
+
+with native_stderr_silenced():
+    import keras
+    import keras_hub
+    from keras import ops
 
 from transforms.amg import DTYPES
-from transforms.embedded import embedded_presets, resolve_preset
+from transforms.check_preset import check_preset
+from transforms.embedded import PresetError, check_model_name, resolve_preset
 from transforms.sam_decoder import embed_context, predict_iou, read_decoder, upscale_masks
 from transforms.sam_encoder import encode_image, read_encoder
 from transforms.sam_layers import Weights
@@ -48,89 +47,38 @@ def load_sam(preset: str, dtype: str = "float32") -> Sam:
     """Loads and compiles a model.
 
     Args:
-      preset: an embedded model ("sam_tiny"), a KerasHub preset by name ("sam_base_sa1b"), directory or URI.
+      preset: an embedded model ("sam_tiny"), a KerasHub preset by name ("sam_base_sa1b"), or the directory or URI of
+        one.
       dtype: of the matrix products: "float32" is exact, "bfloat16" and "float16" are faster on accelerators and change
         masks.
 
     Raises:
-      ValueError: unknown dtype, or something that is no SAM preset.
+      ValueError: unknown dtype.
+      PresetError: something that is no SAM preset.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-    return Sam(load_backbone(preset), dtype)
+    with native_stderr_silenced():
+        return Sam(load_backbone(preset), dtype)
 
 
 def load_backbone(preset: str) -> keras_hub.models.SAMBackbone:
     """KerasHub's own model of a preset, complete with its mask decoder.
 
     Raises:
-      ValueError: something that is no SAM preset.
+      PresetError: something that is no SAM preset.
     """
+    check_model_name(preset)
     source = resolve_preset(preset)
+    check_preset(source)
     try:
-        check_preset(source)
         # The task, not SAMBackbone: the backbone alone leaves the mask decoder unbuilt and cannot load its weights.
         return keras_hub.models.SAMImageSegmenter.from_preset(source, preprocessor=None).backbone
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"cannot load model {preset}: {first_line}. Expected an embedded model ({', '.join(embedded_presets())}), "
-            "the name of a KerasHub SAM preset such as sam_base_sa1b, or the directory or URI of one."
+        raise PresetError(
+            f"cannot load model {preset}: {first_line}. Its files may not belong together; get or save it again."
         ) from error
-
-
-# The classes that SAM presets are made of. Keras would build any that a preset names, among them ones that load pickles
-# or files of this machine, or that run what they hold; its safe mode only knows some of them.
-_PRESET_CLASSES = frozenset(
-    {
-        *("SAMImageSegmenter", "SAMBackbone", "ViTDetBackbone", "SAMPromptEncoder", "SAMMaskDecoder"),
-        *("SAMImageSegmenterPreprocessor", "SAMImageConverter", "DTypePolicy", "FloatDTypePolicy"),
-    }
-)
-_PRESET_PACKAGES = ("keras", "keras_hub")
-
-
-def check_preset(preset: str) -> None:
-    """Refuses a preset whose configuration names anything but the classes of SAM, before anything of it is built.
-
-    Weights are numbers alone; what a preset's configuration names is code that Keras looks up and runs.
-
-    Raises:
-      ValueError: naming the class and the file.
-    """
-    for name in (CONFIG_FILE, TASK_CONFIG_FILE):
-        if name == CONFIG_FILE or check_file_exists(preset, name):
-            config = load_json(preset, name)
-            if "class_name" not in config:
-                raise ValueError(f"its {name} describes no Keras model")
-            _check_classes(config, name)
-
-
-def _check_classes(config: Any, name: str) -> None:
-    """Looks at every object in a configuration, however deep."""
-    if isinstance(config, list):
-        for value in config:
-            _check_classes(value, name)
-    elif isinstance(config, dict):
-        if "class_name" in config:
-            _check_class(config["class_name"], config.get("module"), config.get("registered_name"), name)
-        for value in config.values():
-            _check_classes(value, name)
-
-
-def _check_class(class_name: Any, module: Any, registered_name: Any, name: str) -> None:
-    known = (
-        class_name in _PRESET_CLASSES
-        and str(module or "keras").partition(".")[0] in _PRESET_PACKAGES
-        # Keras looks for this one first.
-        and registered_name in (None, class_name, f"keras_hub>{class_name}")
-    )
-    if not known:
-        registered = "" if registered_name is None else f" (registered as {registered_name})"
-        raise ValueError(
-            f"its {name} names {module}.{class_name}{registered}, which is no part of SAM. Nothing of it was run. "
-            "Use a preset from a source you trust, as KerasHub's save_to_preset writes it"
-        )
 
 
 def compile_for_backend(function: Callable[..., Any], weights: Any) -> Callable[..., Any]:

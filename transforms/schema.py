@@ -140,7 +140,7 @@ IMAGES = pa.schema(
         ),
         _field("height", pa.int32(), "Likewise.", nullable=True),
         _field("shard", pa.string(), "Path of the shard, or of the directory of loose files."),
-        _field("row", pa.int64(), "Position in the shard, from 0."),
+        _field("row", pa.int64(), "Position in the shard, from 0; null for loose files.", nullable=True),
         _field("sha256", pa.string(), "Of the image's bytes, hex; null if they could not be read.", nullable=True),
         _field("status", pa.string(), "labeled, empty (no mask passed the filters) or failed."),
         _field("error_stage", pa.string(), "read, decode or model; null unless failed.", nullable=True),

@@ -6,14 +6,12 @@ feeds the device, threads measure and encode masks. Results come back in the ima
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import logging
 import os
 import re
 import struct
-import sys
 import threading
 import time
 from collections import deque
@@ -29,6 +27,7 @@ from apache_beam.utils.shared import Shared
 
 from transforms.amg import DTYPES, AmgConfig, Crop, ImageMasks, Sam, prepare_crops, propose_image, select_masks
 from transforms.cache import local_preset
+from transforms.embedded import DEMO_MODEL
 from transforms.images import ImageConfig, ImageError, decode_image
 from transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Seconds
 from transforms.source import describe_error
@@ -64,7 +63,7 @@ class ModelConfig:
       dtype: float32 gives the reference's masks; bfloat16 and float16 are faster on accelerators and change some masks.
     """
 
-    model: str = "sam_tiny"
+    model: str = DEMO_MODEL
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -77,30 +76,9 @@ LoadSam = Callable[[ModelConfig], Sam]
 
 def load_model(config: ModelConfig) -> Sam:
     """Loads the model. Keras is imported here, so that launching a job does not need it."""
-    with native_stderr_silenced():
-        from transforms.sam import load_sam
+    from transforms.sam import load_sam
 
-        return load_sam(local_preset(config.model), config.dtype)
-
-
-@contextlib.contextmanager
-def native_stderr_silenced() -> Iterator[None]:
-    """Hides what TensorFlow's native code says of CPU features and missing GPUs as it starts.
-
-    No environment variable turns that off. Errors are Python exceptions and not affected, nor is what Python prints.
-    """
-    if not sys.stderr or sys.stderr is not sys.__stderr__:  # captured or replaced: leave it alone
-        yield
-        return
-    python_stderr, saved = sys.stderr, os.dup(2)
-    with open(os.devnull, "w") as devnull, os.fdopen(saved, "w", buffering=1) as real:
-        os.dup2(devnull.fileno(), 2)
-        sys.stderr = real
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            sys.stderr = python_stderr
+    return load_sam(local_preset(config.model), config.dtype)
 
 
 class ModelBroken(RuntimeError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from typing import IO, Any
 
 import apache_beam as beam
@@ -13,10 +15,15 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
 from transforms.records import ChunkReport, Totals
-from transforms.source import describe_error
+from transforms.source import describe_error, read_up_to
+from transforms.strict_json import parse_json
 from transforms.write import check_run, delete_file, delete_temporary
 
 SUMMARY_FILE = "summary.json"
+
+# Of run.json, summary.json and the like. What an imported file had beside its annotations is in one, too.
+MAX_JSON_BYTES = 2**26
+_HEAD_BYTES = 2**10
 
 
 def sum_totals(totals: Iterable[Totals]) -> Totals:
@@ -47,10 +54,31 @@ def replace_file(path: str) -> Iterator[IO[bytes]]:
         raise
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """Reads a JSON file from any Beam file system."""
+def read_json(path: str) -> Any:
+    """Reads a JSON file of ours from any Beam file system.
+
+    Raises:
+      ValueError: it is not JSON, or too large; says what is wrong in a few words, to stand after the path.
+      OSError: it cannot be read.
+    """
+    return parse_json(read_json_bytes(path, MAX_JSON_BYTES))
+
+
+def read_json_bytes(path: str, max_bytes: int) -> bytes:
+    """All of a JSON file on any Beam file system. What cannot be one is not read to its end.
+
+    Raises:
+      ValueError: it begins like no JSON object or list, or is larger than max_bytes.
+      OSError: it cannot be read.
+    """
     with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-        return json.loads(file.read())
+        data = read_up_to(file, _HEAD_BYTES)
+        if not data.removeprefix(codecs.BOM_UTF8).lstrip().startswith((b"{", b"[")):
+            raise ValueError(f"it is not JSON: it begins with {data[:20]!r}, not with {{ or [")
+        data += read_up_to(file, max_bytes + 1 - len(data))
+    if len(data) > max_bytes:
+        raise ValueError(f"it is larger than {max_bytes} bytes, and would take a lot of memory. Split it")
+    return data
 
 
 def write_summary(totals: Totals, output: str, run: dict[str, Any]) -> Totals:
@@ -60,9 +88,16 @@ def write_summary(totals: Totals, output: str, run: dict[str, Any]) -> Totals:
       RunReplaced: the directory belongs to another run by now.
     """
     check_run(output, run)
-    write_json(FileSystems.join(output, SUMMARY_FILE), {**totals.to_dict(), "versions": run["versions"]})
+    about = {"model": run.get("model"), "versions": run["versions"]}
+    write_json(FileSystems.join(output, SUMMARY_FILE), {**totals.to_dict(), **about})
     delete_temporary(output)
     return totals
+
+
+def read_totals(output: str) -> Totals:
+    """The totals of a run that ended well, of its summary.json."""
+    content = read_json(FileSystems.join(output, SUMMARY_FILE))
+    return Totals.from_dict({field.name: content[field.name] for field in fields(Totals)})
 
 
 class Summarize(beam.PTransform):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from transforms.coco import group_by_image, is_number, name_and_size, segmentation_to_counts
+from transforms.coco import group_by_image, is_number, name_and_size, numbers, segmentation_to_counts
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,24 @@ class TruthImage:
                 yield TruthObject(
                     annotation_id=annotation["id"],
                     counts=segmentation_to_counts(annotation.get("segmentation"), self.size_hw),
-                    bbox_xywh=_numbers(annotation, "bbox", 4),
-                    area=_numbers(annotation, "area", 1)[0],
+                    bbox_xywh=_box_xywh(annotation.get("bbox")),
+                    area=_area(annotation.get("area")),
                 )
             except ValueError as error:
                 raise ValueError(f"annotation {annotation['id']} of {self.file_name}: {error}") from error
 
 
-def _numbers(annotation: dict[str, Any], name: str, count: int) -> Any:
-    value = annotation.get(name)
-    numbers = tuple(value) if isinstance(value, list) else (value,)
-    if len(numbers) != count or not all(map(is_number, numbers)):
-        raise ValueError(f"{name} is {value}, expected {'a number' if count == 1 else f'{count} numbers'}")
-    return numbers
+def _area(value: Any) -> float:
+    if not is_number(value) or value < 0:
+        raise ValueError(f"its area is {value!r:.100}; expected a number that is not negative")
+    return float(value)
+
+
+def _box_xywh(value: Any) -> tuple[float, float, float, float]:
+    x, y, w, h = numbers("bbox", value, 4)
+    if min(w, h) < 0:
+        raise ValueError(f"its bbox is {value}; expected [x, y, width, height], neither side negative")
+    return x, y, w, h
 
 
 def parse_instances(content: Any) -> dict[str, TruthImage]:

@@ -67,7 +67,8 @@ class OutputConfig:
     Attributes:
       output: directory of the labels, on any Beam file system.
       overwrite: delete the labels that an earlier run left in output and start anew.
-      retry_failed: redo the chunks of an earlier start that have failed images.
+      retry_failed: label the images again that failed in an earlier start, of shards their chunks.
+      accept_changed: label changed shards again, and let rows go whose photos a changed input no longer has.
       max_failed_fraction: end the run when more than this fraction of the images failed (judged after 100 images of a
         process): a mistake in the input should not become ten million failed rows.
     """
@@ -75,6 +76,7 @@ class OutputConfig:
     output: str
     overwrite: bool = False
     retry_failed: bool = False
+    accept_changed: bool = False
     max_failed_fraction: float = 0.5
 
     def __post_init__(self) -> None:
@@ -89,6 +91,20 @@ class OutputConfig:
             raise ValueError(f"max_failed_fraction must be between 0 and 1, got {self.max_failed_fraction}")
 
 
+@dataclass(frozen=True, order=True)
+class ChunkKey:
+    """Which chunk: its shard's name, its index there, and its generation: a higher one replaces the lower ones."""
+
+    shard: str
+    index: int
+    generation: int = 0
+
+    @property
+    def file_name(self) -> str:
+        """The name of its files, in all directories."""
+        return chunk_name(self.shard, self.index, self.generation)
+
+
 class TooManyFailures(RuntimeError):
     """More images failed than max_failed_fraction allows."""
 
@@ -97,28 +113,32 @@ class RunReplaced(RuntimeError):
     """The output directory belongs to another run by now."""
 
 
-def chunk_name(shard: str, index: int) -> str:
-    """Name of a chunk's files, in either directory.
+def chunk_name(shard: str, index: int, generation: int = 0) -> str:
+    """Name of a chunk's files, in all directories.
 
-    >>> chunk_name("train.tar", 7)
-    'train.tar-00007.parquet'
+    >>> chunk_name("train.tar", 7), chunk_name("train.tar", 7, 2)
+    ('train.tar-00007.parquet', 'train.tar-00007.2.parquet')
     """
-    return f"{shard}-{index:05d}.parquet"
+    return f"{shard}-{index:05d}{f'.{generation}' if generation else ''}.parquet"
 
 
-def parse_chunk_name(name: str) -> tuple[str, int] | None:
+def parse_chunk_name(name: str) -> ChunkKey | None:
     """Inverse of chunk_name; None for other names."""
-    shard, _, index = name.removesuffix(".parquet").rpartition("-")
-    return (shard, int(index)) if shard and index.isdecimal() else None
+    found = re.fullmatch(r"(.+)-(\d{5,})(?:\.([1-9]\d*))?\.parquet", name, re.ASCII | re.DOTALL)
+    return ChunkKey(found[1], int(found[2]), int(found[3] or 0)) if found else None
 
 
-def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any], retry_failed: bool = False) -> ChunkReport:
+def manifest_path(output: str, manifest: str) -> str:
+    """Where a manifest lies, see transforms/manifest.py."""
+    return FileSystems.join(output, f"manifest-{manifest}.json")
+
+
+def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> ChunkReport:
     """Writes a chunk's files and makes them visible, images last.
 
     Args:
       output: directory of the labels.
       run: content of run.json; goes into the files' metadata.
-      retry_failed: replace a committed chunk that has failed images.
 
     Returns:
       the report of the committed chunk, which an earlier attempt may have committed.
@@ -128,27 +148,27 @@ def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any], retry_fa
       RunReplaced: the directory belongs to another run by now.
     """
     start = time.perf_counter()
+    key = ChunkKey(chunk.shard.name, chunk.index, chunk.shard.generation_of(chunk.index))
     report = ChunkReport(
-        chunk.shard.name,
-        chunk.index,
+        key.shard,
+        key.index,
         chunk.final,
         chunk.digest,
         chunk.shard.source,
         totals=chunk.totals(),
         run_id=run.get("id"),
+        generation=key.generation,
     )
     annotations, images = chunk_to_tables(chunk, report, run)
     tables = {ANNOTATIONS_DIR: annotations, IMAGES_DIR: images}
     if chunk.keep_candidates:
         tables[CANDIDATES_DIR] = chunk_to_candidates(chunk, report, run)
-    report = commit_tables(tables, chunk_name(chunk.shard.name, chunk.index), output, run, retry_failed)
+    report = commit_tables(tables, key.file_name, output, run)
     seconds = report.totals.seconds + Seconds(write=time.perf_counter() - start)
     return replace(report, totals=replace(report.totals, seconds=seconds))
 
 
-def commit_tables(
-    tables: dict[str, pa.Table], name: str, output: str, run: dict[str, Any], retry_failed: bool = False
-) -> ChunkReport:
+def commit_tables(tables: dict[str, pa.Table], name: str, output: str, run: dict[str, Any]) -> ChunkReport:
     """Writes the tables of a chunk and makes them visible, images last; what fails is tried three times.
 
     Args:
@@ -156,7 +176,6 @@ def commit_tables(
       name: of the files, from chunk_name.
       output: directory of the labels.
       run: content of run.json.
-      retry_failed: as in commit_chunk.
 
     Returns:
       the report of the committed chunk, which an earlier attempt may have committed.
@@ -172,13 +191,13 @@ def commit_tables(
     files[IMAGES_DIR] = encode_table(with_report(images, report))  # the last to be published
     for seconds in RETRY_SECONDS:
         try:
-            return _commit_files(files, name, output, run, report, retry_failed)
+            return _commit_files(files, name, output, run, report)
         except RunReplaced:
             raise
         except Exception:
             time.sleep(seconds)
     try:
-        return _commit_files(files, name, output, run, report, retry_failed)
+        return _commit_files(files, name, output, run, report)
     except RunReplaced:
         raise
     except Exception as error:
@@ -188,7 +207,7 @@ def commit_tables(
 
 
 def _commit_files(
-    files: dict[str, bytes], name: str, output: str, run: dict[str, Any], report: ChunkReport, retry_failed: bool
+    files: dict[str, bytes], name: str, output: str, run: dict[str, Any], report: ChunkReport
 ) -> ChunkReport:
     """One try."""
     attempt = uuid.uuid4().hex
@@ -203,7 +222,7 @@ def _commit_files(
         check_run(output, run)
         mark = FileSystems.join(output, IMAGES_DIR, name)
         if FileSystems.exists(mark):
-            if committed := _committed_before(mark, report, retry_failed):
+            if committed := _committed_before(mark, report):
                 return committed
             delete_files([mark])  # of an earlier run, or damaged: it is no mark while the other files change
         for directory, temporary in temporaries.items():
@@ -212,7 +231,7 @@ def _commit_files(
         published = _publish_mark(temporaries[IMAGES_DIR], mark)
         if published:
             return report
-        if committed := _committed_before(mark, report, retry_failed):
+        if committed := _committed_before(mark, report):
             return committed
         raise OSError(f"{mark} was written by another run at the same moment")
     finally:
@@ -222,12 +241,10 @@ def _commit_files(
                     delete_file(temporary)
 
 
-def _committed_before(mark: str, report: ChunkReport, retry_failed: bool) -> ChunkReport | None:
+def _committed_before(mark: str, report: ChunkReport) -> ChunkReport | None:
     """The report in an images file, if the chunk is committed for this run already, with all its files."""
     found = read_report_file(mark)
     if found is None or (found.run_id, found.digest) != (report.run_id, report.digest):
-        return None
-    if retry_failed and found.totals.failed:
         return None
     directory, name = FileSystems.split(mark)
     output, _ = FileSystems.split(directory)
@@ -302,6 +319,11 @@ def check_run(output: str, run: dict[str, Any]) -> None:
         raise RunReplaced(
             f"{output} belongs to another run since: a later start has replaced {RUN_FILE}, with --overwrite or before "
             "anything was labeled. This start commits nothing more. Choose another --output for one of the two."
+        )
+    if found.get("manifest") != run.get("manifest"):
+        raise RunReplaced(
+            f"another start goes on with {output}: it saw other input files than this one, or was to retry failed "
+            "images. This start commits nothing more. What it has committed stays."
         )
 
 
@@ -431,7 +453,7 @@ class _WriteParquetFn(beam.DoFn):
                 f"{self._config.max_failed_fraction} allows; the first: {'; '.join(self._seen.failures[:3])}. "
                 "Mend the input, or raise --max_failed_fraction."
             )
-        report = commit_chunk(chunk, self._config.output, self._run, self._config.retry_failed)
+        report = commit_chunk(chunk, self._config.output, self._run)
         _count(report.totals)
         yield report
 

@@ -2,7 +2,7 @@
 "use strict";
 
 (() => {
-  const { images, failures, labels, statistics } = window.maskbeamIndex;
+  const { images, failures, labels, run, statistics } = window.maskbeamIndex;
   const byId = (id) => document.getElementById(id);
   const PER_PAGE = 200; // rows of failed images
 
@@ -114,8 +114,9 @@
     byId(`${view}-title`).focus();
   });
 
-  byId("labels").textContent = labels;
-  byId("labels").title = labels;
+  const about = run.model ? `${labels}, model ${run.model}` : labels;
+  byId("labels").textContent = about;
+  byId("labels").title = about;
   const failed = statistics.statuses.failed ?? 0;
   byId("num-failed").textContent = failed ? maskbeam.format(failed) : "";
   setTheme(storage?.getItem("maskbeam-theme") ?? null);
