@@ -7,6 +7,7 @@ link to an endless device. No Keras is imported here, except to download a prese
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -29,9 +30,19 @@ _CLASSES = frozenset(
     {
         *("SAMImageSegmenter", "SAMBackbone", "ViTDetBackbone", "SAMPromptEncoder", "SAMMaskDecoder"),
         *("SAMImageSegmenterPreprocessor", "SAMImageConverter", "DTypePolicy", "FloatDTypePolicy"),
+        # What Keras writes of a network of ENCODER_LAYERS beside the layers.
+        *("Functional", "__keras_tensor__", "GlorotUniform", "Zeros", "Ones"),
     }
 )
 _PACKAGES = ("keras", "keras_hub")
+
+# Layers of a convolutional image encoder: those that transforms/sam_conv_encoder.py runs.
+ENCODER_LAYERS = frozenset(
+    {
+        *("InputLayer", "Rescaling", "Conv2D", "DepthwiseConv2D"),
+        *("ReLU", "Add", "LayerNormalization", "UpSampling2D"),
+    }
+)
 
 
 def check_preset(preset: str) -> list[str]:
@@ -161,7 +172,7 @@ def _object_to(part: dict[str, Any], max_parameters: int) -> str | None:
             f"names {part.get('module')}.{part['class_name']}{registered}, which is no part of SAM. Nothing of it was "
             "run. Use a preset from a source you trust, as KerasHub's save_to_preset writes it"
         )
-    if _count_parameters(part) > max_parameters:
+    if max(_count_parameters(part), _count_kernel(part)) > max_parameters:
         return "describes a larger model than its weights are of"
     return None
 
@@ -170,7 +181,7 @@ def _is_known(part: dict[str, Any]) -> bool:
     name = part["class_name"]
     return (
         isinstance(name, str)
-        and name in _CLASSES
+        and name in _CLASSES | ENCODER_LAYERS
         and str(part.get("module") or "keras").partition(".")[0] in _PACKAGES
         # Keras looks for this one first.
         and part.get("registered_name") in (None, name, f"keras_hub>{name}")
@@ -186,6 +197,21 @@ def _count_parameters(config: dict[str, Any]) -> int:
         patch = max(_whole(config.get("patch_size")), 1)
         positions = (_whole(shape[0]) // patch) * (_whole(shape[1]) // patch)
     return layers * hidden * (hidden + inner) + positions * hidden
+
+
+def _count_kernel(part: dict[str, Any]) -> int:
+    """Weights of a convolution, which Keras makes by the input's shape that is written beside its configuration."""
+    kind, config = part.get("class_name"), part.get("config")
+    if kind not in ("Conv2D", "DepthwiseConv2D") or not isinstance(config, dict):
+        return 0
+    built = part.get("build_config")
+    shape = built.get("input_shape") if isinstance(built, dict) else None
+    if not isinstance(shape, list) or len(shape) != 4:
+        return MAX_WEIGHTS_BYTES
+    outputs = config.get("filters" if kind == "Conv2D" else "depth_multiplier")
+    sides = config.get("kernel_size")
+    sides = sides if isinstance(sides, list) else [sides, sides]
+    return math.prod(_whole(number) for number in (*sides, shape[3], outputs))
 
 
 def _whole(value: Any) -> int:

@@ -22,11 +22,11 @@ with native_stderr_silenced():
     import keras_hub
     from keras import ops
 
+from transforms import sam_conv_encoder, sam_encoder
 from transforms.amg import DTYPES
 from transforms.check_preset import check_preset
 from transforms.embedded import PresetError, check_model_name, resolve_preset
 from transforms.sam_decoder import embed_context, predict_iou, read_decoder, upscale_masks
-from transforms.sam_encoder import encode_image, read_encoder
 from transforms.sam_layers import Weights
 
 # Prompts upscaled in one call: at most so many, so that padding the last call wastes little, and at most so many values
@@ -157,7 +157,7 @@ class Sam:
     """
 
     def __init__(self, backbone: Any, dtype: str = "float32") -> None:
-        encoder_shape, encoder_weights = read_encoder(backbone.image_encoder)
+        encode_image, encoder_shape, encoder_weights = _read_encoder(backbone.image_encoder)
         decoder_shape, decoder_weights = read_decoder(backbone.prompt_encoder, backbone.mask_decoder)
         self.frame_size = encoder_shape.frame_size
         self.low_size = 4 * decoder_shape.grid
@@ -213,6 +213,17 @@ class Sam:
             rows_left = len(prompts) - first
             logits[first : first + batch] = ops.convert_to_numpy(part)[:rows_left]
         return logits
+
+
+def _read_encoder(encoder: Any) -> tuple[Callable[..., Any], Any, Weights]:
+    """The program of an image encoder, its shape, and its weights (numpy).
+
+    Raises:
+      ValueError: it is neither SAM's ViT nor a convolutional network that can be run here.
+    """
+    if isinstance(encoder, keras_hub.models.ViTDetBackbone):
+        return sam_encoder.encode_image, *sam_encoder.read_encoder(encoder)
+    return sam_conv_encoder.encode_image, *sam_conv_encoder.read_encoder(encoder)
 
 
 def _in_steps(function: Callable[[Any], Any], prompts: Any, step: int) -> Any:
