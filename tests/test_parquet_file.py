@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 # Counts the threads of a process before and after it read all tables of some labels and an input shard.
 _COUNT_THREADS = """
 import os, sys
+from transforms.amg import AmgConfig
 from transforms.labels import list_chunks, read_candidates, read_chunk, read_image_ids
 from transforms.read import ReadConfig, read_images
 from transforms.records import Shard, SourceFile
@@ -36,10 +37,12 @@ def threads():
     return set(os.listdir("/proc/self/task"))
 
 labels, shard = sys.argv[1:]
+settings = AmgConfig(points_per_side=4, pred_iou_thresh=0.75, stability_score_thresh=0.85, keep_candidates=True)
 before = threads()
 for chunk in list_chunks(labels):
-    read_chunk(labels, chunk), read_report(labels, chunk.shard, chunk.index)
-    read_candidates(labels, chunk, ["image_id"])
+    images = read_chunk(labels, chunk).images
+    read_report(labels, chunk.shard, chunk.index)
+    read_candidates(labels, chunk, images, ["image_id"], settings)
 list(read_image_ids(labels, list_chunks(labels)))
 list(read_images(Shard("s", shard, "parquet", (SourceFile(shard, os.path.getsize(shard)),)), ReadConfig(), "/"))
 sys.exit(len(threads() - before))
