@@ -133,9 +133,9 @@ def test_a_click_asks_for_the_smallest_objects_under_it() -> None:
     objects = prompts.Objects.of(scene)
     for seed in range(200):
         prompt = prompts.make_plain(np.random.default_rng(seed), scene, objects)
-        if not prompt.single:
+        if prompt.kinds.tolist() == [TOP_LEFT, BOTTOM_RIGHT]:
             continue
-        assert prompt.kinds.tolist() == [FOREGROUND, PADDING, ABSENT, ABSENT]
+        assert prompt.kinds.tolist() == [FOREGROUND, PADDING]
         x, y = prompt.coords[0]
         under = [mask for mask in (small, large, other) if mask[int(y), int(x)]]
         asked = [
@@ -153,19 +153,33 @@ def test_prompts_of_every_kind_are_made() -> None:
     scene = scene_of(rectangle(100, 100, 300, 300))
     objects = prompts.Objects.of(scene)
     kinds: collections.Counter[tuple[int, ...]] = collections.Counter()
-    for seed in range(300):
-        prompt = prompts.make_plain(np.random.default_rng(seed), scene, objects)
-        kinds[tuple(sorted(prompt.kinds.tolist(), reverse=True))] += 1
-    assert kinds[FOREGROUND, PADDING, ABSENT, ABSENT] > kinds[BOTTOM_RIGHT, TOP_LEFT, ABSENT, ABSENT] > 50
-    assert kinds[FOREGROUND, FOREGROUND, FOREGROUND, PADDING] and kinds[FOREGROUND, BACKGROUND, PADDING, ABSENT]
-    assert kinds[BOTTOM_RIGHT, TOP_LEFT, FOREGROUND, ABSENT] and kinds[BOTTOM_RIGHT, TOP_LEFT, FOREGROUND, BACKGROUND]
+    for seed in range(100):
+        for make in (prompts.make_plain, prompts.make_own, prompts.make_coarse):
+            kinds[tuple(make(np.random.default_rng(seed), scene, objects).kinds.tolist())] += 1
+    click, box, nothing = (FOREGROUND, PADDING), (TOP_LEFT, BOTTOM_RIGHT), (ABSENT, ABSENT)
+    assert set(kinds) == {click, box, click + nothing, box + nothing, nothing + nothing}
+    assert min(kinds.values()) > 5
+
+
+def test_a_box_is_near_its_object() -> None:
+    scene = scene_of(rectangle(100, 200, 300, 300))
+    objects = prompts.Objects.of(scene)
+    boxes = [
+        prompt.coords
+        for prompt in (prompts.make_plain(np.random.default_rng(seed), scene, objects) for seed in range(100))
+        if prompt.kinds[0] == TOP_LEFT
+    ]
+    off = np.array(boxes) - [[200, 100], [300, 300]]
+    assert np.abs(off[..., 0]).max() <= 15 + 1e-3
+    assert np.abs(off[..., 1]).max() <= 30 + 1e-3
+    assert (np.abs(off).max(axis=(1, 2)) > 1).all()
 
 
 def test_a_scene_without_objects_asks_for_nothing() -> None:
     scene = scene_of()
     objects = prompts.Objects.of(scene)
     rng = np.random.default_rng(0)
-    assert prompts.make_plain(rng, scene, objects).single
+    assert prompts.make_plain(rng, scene, objects).kinds[0] == FOREGROUND
     for make in (prompts.make_plain, prompts.make_own, prompts.make_coarse):
         assert not make(rng, scene, objects).weights.any()
 
