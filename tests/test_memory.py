@@ -5,16 +5,25 @@ Each case runs in a process of its own, since a peak never goes down again.
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import os
 import subprocess
 import sys
+import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from tests.conftest import read_labels, write_photos
+from tests.test_hostile import pax_record, tar_header
 
 pytestmark = pytest.mark.processes
 
@@ -74,3 +83,76 @@ def test_long_and_thin_images_are_labeled_in_the_memory_of_any_other(width: int,
         ("long.png", "labeled", None),
     ]
     assert peak < 16 * width * height + 400 * MB
+
+
+# Files that inflate.
+
+ZEROS = bytes(32 * MB)
+
+
+def inflating_tar(compress: Callable[[bytes], bytes]) -> bytes:
+    """A tar of one image of 960 MB, then one of 4 GB, as streams that follow each other."""
+    first = tarfile.TarInfo("a.jpg")
+    first.size = 30 * len(ZEROS)
+    second = tarfile.TarInfo("b.jpg")
+    second.size = 128 * len(ZEROS)
+    zeros = compress(ZEROS)
+    return compress(first.tobuf()) + zeros * 30 + compress(second.tobuf()) + zeros * 128
+
+
+def sparse_tar(members: int, size: int) -> bytes:
+    """Images that are nothing but holes."""
+    archive = b""
+    for number in range(members):
+        records = (b"GNU.sparse.map=0,1", b"GNU.sparse.size=%d" % size, b"GNU.sparse.numblocks=1")
+        body = b"".join(map(pax_record, records))
+        archive += tar_header(tarfile.XHDTYPE, len(body)) + body.ljust(512, b"\0")
+        archive += tar_header(b"0", 1, f"{number}.jpg") + b"y".ljust(512, b"\0")
+    return archive + bytes(1024)
+
+
+def inflating_parquet(path: Path) -> None:
+    """Images of zeros, 2 GB of them, a page each."""
+    schema = pa.schema({"image": pa.binary()})
+    table = pa.table({"image": pa.array([bytes(200 * MB)])}, schema)
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+        for _ in range(10):
+            writer.write_table(table)
+
+
+def repeating_parquet(path: Path) -> None:
+    """One image of 100 MB for a thousand rows: the footer has no more than the dictionary's size."""
+    images = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array([bytes(100 * MB)]))
+    table = pa.table({"image": images}).replace_schema_metadata(None)
+    pq.write_table(table, path, compression="zstd", store_schema=False, dictionary_pagesize_limit=2**30)
+
+
+def test_files_that_inflate_are_failed_rows_in_bounded_memory(tmp_path: Path) -> None:
+    case = write_photos(tmp_path / "case", 1)
+    ready = write_photos(tmp_path / "ready", 1)
+    compressions: dict[str, Callable[[bytes], bytes]] = {
+        "gz": gzip.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+        "zst": zstandard.compress,
+    }
+    for name, compress in compressions.items():
+        (case / f"bomb.tar.{name}").write_bytes(inflating_tar(compress))
+    (case / "sparse.tar").write_bytes(sparse_tar(4, 2**30))
+    inflating_parquet(case / "inflating.parquet")
+    repeating_parquet(case / "repeating.parquet")
+    assert all(file.stat().st_size < 8 * MB for file in case.iterdir())
+
+    peak, rows = label_elsewhere(case, tmp_path / "out", ready)
+    assert peak < 1024 * MB
+    reasons = {row["image_id"]: row["error"] for row in rows}
+    assert reasons.pop("0.png") is None
+    for number in range(4):
+        assert f"is a sparse file of {2**30} bytes" in reasons.pop(f"sparse.tar#{number}")
+    # All others end with the word; of the repeated image the first rows are no image for another reason.
+    last = {image_id.partition("#")[0]: reason for image_id, reason in sorted(reasons.items())}
+    assert sorted(last) == [f"bomb.tar.{name}" for name in ("bz2", "gz", "xz", "zst")] + [
+        "inflating.parquet",
+        "repeating.parquet",
+    ]
+    assert all("a decompression bomb" in reason for reason in last.values()), last

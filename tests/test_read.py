@@ -634,7 +634,7 @@ def test_reason_is_of_bounded_length(tmp_path: Path) -> None:
 
 def test_cut_parquet_is_one_failed_row(tmp_path: Path) -> None:
     (image,) = read_bytes(tmp_path, "parquet", images_parquet(IMAGES)[:-100])
-    assert "Parquet magic bytes not found" in reason(image)
+    assert "it is no Parquet file, or its end is missing" in reason(image)
 
 
 def test_damaged_parquet_page_gives_the_rows_before_it(tmp_path: Path) -> None:

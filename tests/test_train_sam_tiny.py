@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from training.sam_tiny import network, prompts, train
+from training.sam_tiny import evaluate, finish, network, prompts, train
 from training.sam_tiny.imagenet import read_state, read_weights
 from training.sam_tiny.model import FRAME, GRID, LOW_RES, build_encoder, build_model, load_imagenet
 from training.sam_tiny.network import ABSENT, BACKGROUND, BOTTOM_RIGHT, FOREGROUND, PADDING, TOP_LEFT
 from training.sam_tiny.photos import Photo
 from training.sam_tiny.scenes import Scene, paste, place
+from transforms.frame import Upsampling
+from transforms.sam import load_backbone
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="training runs on TensorFlow")
 
@@ -133,9 +135,9 @@ def test_a_click_asks_for_the_smallest_objects_under_it() -> None:
     objects = prompts.Objects.of(scene)
     for seed in range(200):
         prompt = prompts.make_plain(np.random.default_rng(seed), scene, objects)
-        if not prompt.single:
+        if prompt.kinds.tolist() == [TOP_LEFT, BOTTOM_RIGHT]:
             continue
-        assert prompt.kinds.tolist() == [FOREGROUND, PADDING, ABSENT, ABSENT]
+        assert prompt.kinds.tolist() == [FOREGROUND, PADDING]
         x, y = prompt.coords[0]
         under = [mask for mask in (small, large, other) if mask[int(y), int(x)]]
         asked = [
@@ -153,19 +155,33 @@ def test_prompts_of_every_kind_are_made() -> None:
     scene = scene_of(rectangle(100, 100, 300, 300))
     objects = prompts.Objects.of(scene)
     kinds: collections.Counter[tuple[int, ...]] = collections.Counter()
-    for seed in range(300):
-        prompt = prompts.make_plain(np.random.default_rng(seed), scene, objects)
-        kinds[tuple(sorted(prompt.kinds.tolist(), reverse=True))] += 1
-    assert kinds[FOREGROUND, PADDING, ABSENT, ABSENT] > kinds[BOTTOM_RIGHT, TOP_LEFT, ABSENT, ABSENT] > 50
-    assert kinds[FOREGROUND, FOREGROUND, FOREGROUND, PADDING] and kinds[FOREGROUND, BACKGROUND, PADDING, ABSENT]
-    assert kinds[BOTTOM_RIGHT, TOP_LEFT, FOREGROUND, ABSENT] and kinds[BOTTOM_RIGHT, TOP_LEFT, FOREGROUND, BACKGROUND]
+    for seed in range(100):
+        for make in (prompts.make_plain, prompts.make_own, prompts.make_coarse):
+            kinds[tuple(make(np.random.default_rng(seed), scene, objects).kinds.tolist())] += 1
+    click, box, nothing = (FOREGROUND, PADDING), (TOP_LEFT, BOTTOM_RIGHT), (ABSENT, ABSENT)
+    assert set(kinds) == {click, box, click + nothing, box + nothing, nothing + nothing}
+    assert min(kinds.values()) > 5
+
+
+def test_a_box_is_near_its_object() -> None:
+    scene = scene_of(rectangle(100, 200, 300, 300))
+    objects = prompts.Objects.of(scene)
+    boxes = [
+        prompt.coords
+        for prompt in (prompts.make_plain(np.random.default_rng(seed), scene, objects) for seed in range(100))
+        if prompt.kinds[0] == TOP_LEFT
+    ]
+    off = np.array(boxes) - [[200, 100], [300, 300]]
+    assert np.abs(off[..., 0]).max() <= 15 + 1e-3
+    assert np.abs(off[..., 1]).max() <= 30 + 1e-3
+    assert (np.abs(off).max(axis=(1, 2)) > 1).all()
 
 
 def test_a_scene_without_objects_asks_for_nothing() -> None:
     scene = scene_of()
     objects = prompts.Objects.of(scene)
     rng = np.random.default_rng(0)
-    assert prompts.make_plain(rng, scene, objects).single
+    assert prompts.make_plain(rng, scene, objects).kinds[0] == FOREGROUND
     for make in (prompts.make_plain, prompts.make_own, prompts.make_coarse):
         assert not make(rng, scene, objects).weights.any()
 
@@ -408,3 +424,67 @@ def test_muon_takes_kernels_as_matrices() -> None:
     singular = np.linalg.svd(updated[0], compute_uv=False)
     assert singular.max() < 2 * singular.min()
     assert train.MatrixMuon(0.1)._should_use_adamw(keras.Variable(np.zeros((5, 5, 128, 1), np.float32)))
+
+
+# What comes of it.
+
+
+def test_a_preset_is_the_model_in_float16(model: keras.Model, tmp_path: Path) -> None:
+    finish.write_preset(model, tmp_path / "preset")
+    loaded = load_backbone(str(tmp_path / "preset"))
+    for stored, weight in zip(loaded.variables, model.variables, strict=True):
+        np.testing.assert_array_equal(stored, np.array(weight).astype(np.float16).astype(np.float32))
+    assert (tmp_path / "preset" / "model.weights.h5").stat().st_size < 9_500_000
+
+
+def perfect_ask(truth: np.ndarray, asked: list) -> evaluate.Ask:
+    """A model that answers with the truth, and in its mask 0 with half of it until it is given a click on the rest."""
+
+    def ask(tokens: list[tuple[int, np.ndarray]], mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        asked.append((tokens, mask))
+        logits = np.stack([evaluate.to_mask_prompt(truth)] * 4)
+        if len(tokens) == 2:
+            logits[0, : LOW_RES // 4] = -1
+        return logits, np.full(4, 0.5, np.float32)
+
+    return ask
+
+
+def test_objects_are_asked_for_by_every_kind_of_prompt() -> None:
+    truth = np.zeros((FRAME, FRAME), bool)
+    truth[64:192, 128:256] = True
+    corners = np.array([[128.0, 64.0], [256.0, 192.0]])
+    asked: list = []
+    upsampling = Upsampling.build((FRAME, FRAME), LOW_RES, FRAME)
+    answer = evaluate.ask_object(perfect_ask(truth, asked), upsampling, truth, corners, 128**2)
+    assert answer.ious["click, best of 3"] > 0.97
+    assert 0.45 < answer.ious["box"] < 0.55
+    assert answer.ious["box, 1 clicks"] > 0.97
+    assert answer.ious["box, coarse mask (eroded)"] == answer.ious["box"]
+    assert [kind for kind, _ in asked[0][0]] == [FOREGROUND, PADDING]
+    kind, place = asked[2][0][2]  # the first correction: the upper half is missing
+    assert kind == FOREGROUND
+    assert 64 <= place[1] < 128 and 128 <= place[0] < 256
+    assert [mask is not None for _, mask in asked] == [False, False, False, False, True, True, True, True, True]
+    eroded = asked[7][1]
+    assert 0.3 < (eroded > 0).sum() / (128**2 / 16) < 0.7
+
+
+def test_a_correction_is_on_what_is_too_much_if_that_is_deeper() -> None:
+    truth, answer = np.zeros((2, 60, 60), bool)
+    truth[:30, :6] = True
+    answer[40:60, 30:50] = True
+    kind, (x, y) = evaluate.correction(answer, truth)
+    assert kind == BACKGROUND
+    assert answer[int(y), int(x)]
+
+
+def test_evaluation_sums_up() -> None:
+    answers = [
+        evaluate.Answer(900, {"box": 0.2}, np.array([0.1, 0.2, 0.3]), np.array([0.2, 0.3, 0.4])),
+        evaluate.Answer(2000, {"box": 0.6}, np.array([0.5, 0.6, 0.7]), np.array([0.6, 0.7, 0.8])),
+    ]
+    report = evaluate.summarize(answers)
+    assert report["all"] == {"objects": 2, "box": pytest.approx(0.4)}
+    assert report["over 32x32"] == {"objects": 1, "box": 0.6}
+    assert report["correlation"] == pytest.approx(1)

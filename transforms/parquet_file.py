@@ -8,18 +8,35 @@ That takes `pre_buffer=False` here and `use_threads=False` in `read` and `iter_b
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from transforms.parquet_footer import column_chunks, inflate, longest_text, read_footer, schema_depth
+from transforms.parquet_footer import (
+    ColumnChunk,
+    Page,
+    column_chunks,
+    inflate,
+    longest_text,
+    read_footer,
+    read_pages,
+    row_groups,
+    schema_depth,
+)
 
 MAX_PARQUET_NESTING = 100
 
 # A column is read through a buffer of this size: row groups are often as large as the file.
 _BUFFER_BYTES = 2**20
+
+# Where a file is read row by row, what pages that are in memory together may inflate to: this many bytes for free, and
+# this many times their size. Images hardly compress; pages of a thousand of them are common, and as large as they are.
+FREE_PAGE_BYTES = 2**27
+MAX_PAGE_INFLATION = 4
+# Lengths of a page's values are decoded at once, and a few bytes can stand for any number of them.
+MAX_PAGE_VALUES = 2**24
 
 # A table that is read whole may become so many bytes, and so many for each byte of its file. Tables of masks inflate
 # three times or so; what goes far beyond is damaged, or made to fill the memory.
@@ -89,6 +106,49 @@ def read_table(file: IO[bytes], schema: pa.Schema, columns: Sequence[str]) -> pa
     table = table.combine_chunks().cast(nullable)
     table.validate(full=True)
     return table
+
+
+def checked_row_groups(file: IO[bytes], columns: Collection[str]) -> Iterator[int]:
+    """The index of each row group, once its pages are known not to take too much memory where it is read row by row.
+
+    Arrow inflates a page as a whole, to whatever size its header claims.
+
+    Args:
+      columns: paths of the columns that will be read, names joined by dots.
+
+    Raises:
+      ValueError: the pages of a row group that are in memory together inflate too far, or the file is damaged.
+    """
+    try:
+        for index, group in enumerate(row_groups(read_footer(file))):
+            _check_largest_pages(file, index, [column for column in group if ".".join(column.path) in columns])
+            yield index
+    except IndexError as error:
+        raise ValueError("the file's footer, or the header of a page, is damaged") from error
+
+
+def _check_largest_pages(file: IO[bytes], index: int, columns: list[ColumnChunk]) -> None:
+    largest = [page for column in columns for page in _largest_pages(file, column)]
+    inflated, stored = sum(page.num_bytes for page in largest), sum(page.compressed_bytes for page in largest)
+    if inflated > FREE_PAGE_BYTES + MAX_PAGE_INFLATION * stored:
+        raise ValueError(
+            f"pages of row group {index} inflate from {stored} to {inflated} bytes: a decompression bomb. If the file "
+            "is genuine, write it again with fewer rows in a row group"
+        )
+
+
+def _largest_pages(file: IO[bytes], column: ColumnChunk) -> list[Page]:
+    """Of a column the dictionary and the page of values that inflate furthest: they are in memory together."""
+    furthest: dict[bool, Page] = {}
+    for page in read_pages(file, column):
+        if page.num_values > MAX_PAGE_VALUES:
+            raise ValueError(f"the page at byte {page.place} claims {page.num_values} values")
+        furthest[page.is_dictionary] = max(page, furthest.get(page.is_dictionary, page), key=_excess_bytes)
+    return list(furthest.values())
+
+
+def _excess_bytes(page: Page) -> int:
+    return page.num_bytes - MAX_PAGE_INFLATION * page.compressed_bytes
 
 
 def _check_nesting(footer: bytes) -> None:

@@ -12,8 +12,9 @@ FileMetaData, SchemaElement and PageHeader are those of parquet-format's parquet
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO
 
 import pyarrow as pa
@@ -108,7 +109,12 @@ class ColumnChunk:
 
 
 def column_chunks(footer: bytes) -> Iterator[ColumnChunk]:
-    """The column chunks of all row groups of a serialized FileMetaData.
+    """The column chunks of all row groups; see row_groups."""
+    return itertools.chain.from_iterable(row_groups(footer))
+
+
+def row_groups(footer: bytes) -> Iterator[list[ColumnChunk]]:
+    """The column chunks of each row group of a serialized FileMetaData.
 
     Raises:
       ValueError, IndexError: the bytes are no FileMetaData, or its numbers of rows and values contradict each other.
@@ -119,7 +125,7 @@ def column_chunks(footer: bytes) -> Iterator[ColumnChunk]:
             values.skip(kind)
             continue
         for _ in range(values.list_size()):
-            yield from values.row_group()
+            yield values.row_group()
 
 
 @dataclass(frozen=True)
@@ -145,15 +151,12 @@ def inflate(file: IO[bytes], column: ColumnChunk) -> Inflated:
     """
     num_bytes = num_values = 0
     dictionary = None
-    place, end = column.start, column.start + column.num_bytes
-    while num_values < column.num_values and place < end:
-        page = _read_page(file, place)
-        if page.num_bytes < 0 or page.compressed_bytes < 0 or page.num_values < 0 or page.encoding == _DELTA_BYTE_ARRAY:
-            raise ValueError(f"the page at byte {place} has negative sizes, or an encoding that no reader here takes")
+    for page in read_pages(file, column):
+        if page.encoding == _DELTA_BYTE_ARRAY:
+            raise ValueError(f"the page at byte {page.place} has an encoding that no reader here takes")
         num_bytes, num_values = num_bytes + page.num_bytes, num_values + page.num_values
-        if page.kind == _DICTIONARY_PAGE:
-            dictionary = (place + page.header_bytes, page.compressed_bytes, page.num_bytes)
-        place += page.header_bytes + page.compressed_bytes
+        if page.is_dictionary:
+            dictionary = (page.place + page.header_bytes, page.compressed_bytes, page.num_bytes)
     if num_values != column.num_values:
         raise ValueError(f"the pages have {num_values} values; its footer says {column.num_values}")
     return Inflated(num_bytes, num_values, dictionary)
@@ -171,6 +174,8 @@ def longest_text(file: IO[bytes], column: ColumnChunk, inflated: Inflated) -> in
     file.seek(start)
     data = file.read(compressed_bytes)
     if column.codec is not None:
+        if column.codec not in _CODECS.values():
+            raise ValueError(f"the column {'.'.join(column.path)} has a compression that is not read here")
         data = pa.Codec(column.codec).decompress(data, num_bytes, asbytes=True)
     longest = place = 0
     while place + 4 <= len(data):  # of each text its length, uint32 little endian, and itself
@@ -180,22 +185,52 @@ def longest_text(file: IO[bytes], column: ColumnChunk, inflated: Inflated) -> in
 
 
 @dataclass(frozen=True)
-class _Page:
+class Page:
+    """A page, as its header has it.
+
+    Attributes:
+      kind: by parquet.thrift.
+      header_bytes, num_bytes, compressed_bytes: of the header, of the page in memory, of the page in the file.
+      num_values: 0 for a dictionary.
+      encoding: by parquet.thrift; -1 for a dictionary.
+      place: of its header in the file.
+    """
+
     kind: int
     header_bytes: int
     num_bytes: int
     compressed_bytes: int
     num_values: int
     encoding: int
+    place: int = 0
+
+    @property
+    def is_dictionary(self) -> bool:
+        return self.kind == _DICTIONARY_PAGE
 
 
-def _read_page(file: IO[bytes], place: int) -> _Page:
-    """The header of a page; a dictionary counts as no values."""
+def read_pages(file: IO[bytes], column: ColumnChunk) -> Iterator[Page]:
+    """The pages of a column chunk that Arrow would read: until all values are there, or the chunk ends.
+
+    Raises:
+      ValueError, IndexError: a header is damaged.
+    """
+    place, end, values_left = column.start, column.start + column.num_bytes, column.num_values
+    while values_left > 0 and place < end:
+        page = _read_page(file, place)
+        if min(page.num_bytes, page.compressed_bytes, page.num_values) < 0:
+            raise ValueError(f"the page at byte {place} has negative sizes")
+        yield page
+        values_left -= page.num_values
+        place += page.header_bytes + page.compressed_bytes
+
+
+def _read_page(file: IO[bytes], place: int) -> Page:
     for most in _HEADER_BYTES:
         file.seek(place)
         data = file.read(most)
         try:
-            return _CompactValues(data).page()
+            return replace(_CompactValues(data).page(), place=place)
         except IndexError:
             if len(data) < most or most == _HEADER_BYTES[-1]:
                 raise
@@ -279,16 +314,15 @@ class _CompactValues:
                     self.skip(inner)
         data, dictionary = found.get(_DATA_OFFSET, -1), found.get(_DICTIONARY_OFFSET, 0)
         start = dictionary if 0 < dictionary < data else data
-        codec = found.get(_CODEC, 0)
-        if codec and codec not in _CODECS:
-            raise ValueError(f"the column {'.'.join(path)} has a compression that is not read here")
+        number = found.get(_CODEC, 0)
+        codec = _CODECS.get(number, f"number {number}") if number else None
         num_values, num_bytes = found.get(_NUM_VALUES, -1), found.get(_COMPRESSED_BYTES, -1)
-        column = ColumnChunk(path, num_values, start, num_bytes, found.get(_TYPE) == _TEXT, _CODECS.get(codec))
+        column = ColumnChunk(path, num_values, start, num_bytes, found.get(_TYPE) == _TEXT, codec)
         if min(column.num_values, column.start, column.num_bytes) < 0:
             raise ValueError(f"the column {'.'.join(path)} has no place in the file")
         return column
 
-    def page(self) -> _Page:
+    def page(self) -> Page:
         """Reads a PageHeader."""
         sizes = {_PAGE_TYPE: -1, _PAGE_BYTES: -1, _PAGE_COMPRESSED_BYTES: -1}
         num_values, encoding = 0, -1
@@ -305,7 +339,7 @@ class _CompactValues:
                         self.skip(inner)
             else:
                 self.skip(kind)
-        return _Page(
+        return Page(
             sizes[_PAGE_TYPE], self._place, sizes[_PAGE_BYTES], sizes[_PAGE_COMPRESSED_BYTES], num_values, encoding
         )
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from transforms.images import has_image_extension
 from transforms.outage import StoreUnavailable, is_out
-from transforms.parquet_file import open_parquet
+from transforms.parquet_file import checked_row_groups, open_parquet
 from transforms.records import (
     NO_ANNOTATIONS,
     Annotations,
@@ -49,8 +49,13 @@ MAX_IMAGE_BYTES = 2**30
 # versions before 3.11.10 and 3.12.6 take quadratic time for it (CVE-2024-6232).
 MAX_TAR_HEADER_BYTES = 2**17
 MAX_TAR_GLOBAL_HEADERS = 100
+# Of a member with holes that take no place in the archive. Photos have none.
+MAX_SPARSE_BYTES = 2**26
 # A whole archive is read with three of these.
 _MAX_READS_PAST_END = 10
+
+# Characters of a record's key and file name: those of a whole chunk are in memory.
+MAX_NAME = 2**20
 
 # Characters of a failure's reason: members and columns are named in it, and there may be thousands.
 MAX_REASON = 1000
@@ -132,12 +137,20 @@ def read_images(shard: Shard, config: ReadConfig, root: str) -> Iterator[Encoded
         samples = read_container(shard.files[0], READERS[shard.format], config)
         image_ids = (f"{relative_path(shard.path, root)}#{row}" for row in itertools.count())
     rows: Iterable[int | None] = itertools.repeat(None) if shard.format == "image" else itertools.count()
-    for sample, image_id, row in zip(itertools.islice(samples, shard.max_images), image_ids, rows, strict=False):
+    for found, image_id, row in zip(itertools.islice(samples, shard.max_images), image_ids, rows, strict=False):
+        sample = _without_long_names(found)
         reason = sample.reason or (None if sample.data else "the image has no bytes")
         failure = Failure("read", printable(reason)[:MAX_REASON]) if reason else None
         yield EncodedImage(
             escape_name(image_id), row, sample.key, sample.file_name, sample.data, failure, sample.annotations
         )
+
+
+def _without_long_names(sample: Sample) -> Sample:
+    longest = max(len(sample.key or ""), len(sample.file_name or ""))
+    if longest <= MAX_NAME:
+        return sample
+    return Sample(reason=f"the key or file name has {longest} characters; at most {MAX_NAME} are read")
 
 
 def read_chunks(
@@ -464,6 +477,9 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, key: str) -> Sam
     if member.size > MAX_IMAGE_BYTES:
         reason = f"member {member.name!r} has {member.size} bytes; at most {MAX_IMAGE_BYTES} are read"
         return Sample(key=escape_name(key), file_name=escape_name(member.name), reason=reason)
+    if member.sparse is not None and member.size > MAX_SPARSE_BYTES:
+        reason = f"member {member.name!r} is a sparse file of {member.size} bytes; at most {MAX_SPARSE_BYTES} are read"
+        return Sample(key=escape_name(key), file_name=escape_name(member.name), reason=reason)
     file = tar.extractfile(member)
     assert file is not None  # it is a regular file
     # Piece by piece: of a sparse file, tarfile would copy all it has so far at each hole.
@@ -496,18 +512,24 @@ def read_parquet(source: io.BufferedReader, config: ReadConfig) -> Iterator[Samp
     if image is None:
         found = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise ValueError(f"no image column. Columns: {found}. Name the binary one with --parquet_image")
-    key = next((name for name in config.parquet_key if name in schema.names), None)
-    file_name = next((name for name in config.parquet_file_name if name in schema.names), None)
-    columns = list(dict.fromkeys(name for name in (image, key, file_name) if name is not None))
+    flat = {field.name for field in schema if not pa.types.is_nested(field.type)}
+    key = next((name for name in config.parquet_key if name in flat), None)
+    file_name = next((name for name in config.parquet_file_name if name in flat), None)
+    columns = _columns_to_read(schema, image, key, file_name)
     num_rows = table.metadata.num_rows
     # Not of its columns: asking a damaged file for those ends the process (pyarrow 25).
     inflated = sum(table.metadata.row_group(index).total_byte_size for index in range(table.num_row_groups))
     if inflated > allowed_inflation(num_bytes):
         raise ValueError(describe_bomb(inflated, num_bytes))
-    row = 0
+    row = given_bytes = 0
     try:
         # A row at a time: a few images can be as large as the memory.
-        for batch in table.iter_batches(batch_size=1, columns=columns, use_threads=False):
+        batches = (
+            batch
+            for group in checked_row_groups(source, columns)
+            for batch in table.iter_batches(batch_size=1, row_groups=[group], columns=columns, use_threads=False)
+        )
+        for batch in batches:
             try:
                 rows = batch.to_pylist()
             except UnicodeDecodeError as error:  # Parquet's writers need not check strings
@@ -515,7 +537,11 @@ def read_parquet(source: io.BufferedReader, config: ReadConfig) -> Iterator[Samp
                 row += 1
                 continue
             for values in rows:
-                yield _parse_row(values, image, key, file_name)
+                sample = _parse_row(values, image, key, file_name)
+                given_bytes += len(sample.data)
+                if given_bytes > allowed_inflation(num_bytes):  # one value of a dictionary can be that of many rows
+                    raise ValueError(describe_bomb(given_bytes, num_bytes))
+                yield sample
                 row += 1
     except Exception as error:
         raise ValueError(f"at row {row} of {num_rows}: {describe_error(error)}") from error
@@ -528,6 +554,16 @@ def _holds_bytes(schema: pa.Schema, name: str) -> bool:
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         kind = kind.field("bytes").type
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _columns_to_read(schema: pa.Schema, image: str, key: str | None, file_name: str | None) -> list[str]:
+    """Paths of the columns that a Sample is made of: of the image's struct only bytes and path, if that is flat."""
+    kind, columns = schema.field(image).type, [image]
+    if pa.types.is_struct(kind):
+        columns = [f"{image}.bytes"]
+        if kind.get_field_index("path") >= 0 and not pa.types.is_nested(kind.field("path").type):
+            columns.append(f"{image}.path")
+    return list(dict.fromkeys([*columns, *(name for name in (key, file_name) if name is not None)]))
 
 
 # How a dataset of paths gets their bytes.

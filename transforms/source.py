@@ -29,7 +29,7 @@ BUFFER_BYTES = 2**20
 
 # Real shards hold images, which hardly compress. What inflates to more than the first bytes for free and then so many
 # times its size is a decompression bomb.
-FREE_INFLATION = 2**30
+FREE_INFLATION = 2**28
 MAX_INFLATION = 200
 
 # Memory that an xz stream may ask for; `xz -9` asks for 65 MiB.
@@ -212,8 +212,8 @@ def decompress(source: io.BufferedReader) -> Any:
 
 def read_up_to(stream: IO[bytes], num_bytes: int) -> bytes:
     """Reads num_bytes, or all there is, without allocating more than that."""
-    pieces = []
+    data = io.BytesIO()  # gives its bytes away without a copy
     while num_bytes > 0 and (piece := stream.read(min(num_bytes, BUFFER_BYTES))):
-        pieces.append(piece)
+        data.write(piece)
         num_bytes -= len(piece)
-    return b"".join(pieces)
+    return data.getvalue()

@@ -33,6 +33,7 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
+from transforms.outage import StoreUnavailable
 from transforms.parquet_file import open_parquet
 from transforms.records import ChunkReport, LabeledChunk, Seconds, Totals
 from transforms.schema import RUN_KEY, chunk_to_candidates, chunk_to_tables, report_from_metadata, with_report
@@ -182,6 +183,7 @@ def commit_tables(tables: dict[str, pa.Table], name: str, output: str, run: dict
 
     Raises:
       RunReplaced: see check_run.
+      StoreUnavailable: the output's store has not answered for too long.
       OSError: it cannot be written.
     """
     files = {directory: encode_table(table) for directory, table in tables.items() if directory != IMAGES_DIR}
@@ -192,13 +194,13 @@ def commit_tables(tables: dict[str, pa.Table], name: str, output: str, run: dict
     for seconds in RETRY_SECONDS:
         try:
             return _commit_files(files, name, output, run, report)
-        except RunReplaced:
+        except (RunReplaced, StoreUnavailable):
             raise
         except Exception:
             time.sleep(seconds)
     try:
         return _commit_files(files, name, output, run, report)
-    except RunReplaced:
+    except (RunReplaced, StoreUnavailable):
         raise
     except Exception as error:
         raise OSError(

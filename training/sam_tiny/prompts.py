@@ -1,8 +1,8 @@
 """Prompts on scenes, of all kinds that SAM takes, and the masks they ask for.
 
-Plain prompts have no mask: one click (masks 1 to 3 answer, one for each object under it), or a box, several clicks, a
-box and clicks (mask 0 answers). Refined prompts have a mask: a coarse one made of the truth, or the model's own answer
-to a click or a box, together with clicks where that answer is wrong (training.sam_tiny.train adds both).
+Plain prompts are one click (masks 1 to 3 answer, one for each object under it) or a box (mask 0 answers). Refined
+prompts have more (mask 0 answers): a coarse mask made of the truth, or clicks where the model's own answer to a click
+or a box is wrong, most with that answer as their mask (training.sam_tiny.train adds both).
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ import numpy as np
 from scipy import ndimage
 
 from training.sam_tiny.model import FRAME, LOW_RES
-from training.sam_tiny.network import ABSENT, BACKGROUND, BOTTOM_RIGHT, FOREGROUND, PADDING, TOP_LEFT
+from training.sam_tiny.network import ABSENT, BOTTOM_RIGHT, FOREGROUND, PADDING, TOP_LEFT
 from training.sam_tiny.photos import Photo
 from training.sam_tiny.scenes import Scene, make_scene
 
-TOKENS = 4  # sparse tokens of a prompt: a box and two clicks, or three clicks and SAM's padding point
+PLAIN_TOKENS = 2  # sparse tokens of a plain prompt: a click and SAM's padding point, or a box
+TOKENS = 4  # of a refined one: two clicks more
 TARGETS = 2  # objects under a click that count
 SCALE = FRAME // LOW_RES
 SMALLEST_TARGET = 12  # quarters of low-res pixels
 
 # Of the plain prompts; the others are clicks anywhere.
-OBJECT_CLICKS, BOXES, SEVERAL_CLICKS, BOXES_WITH_CLICKS = 0.5, 0.28, 0.06, 0.06
+OBJECT_CLICKS, BOXES = 0.52, 0.38
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,14 @@ class Plain:
     """One prompt without a mask.
 
     Attributes:
-      coords: (TOKENS, 2) float32, x and y in pixels of the frame.
-      kinds: (TOKENS,) int32 of training.sam_tiny.network.
-      single: whether it is one click.
+      coords: (PLAIN_TOKENS, 2) float32, x and y in pixels of the frame.
+      kinds: (PLAIN_TOKENS,) int32 of training.sam_tiny.network.
       targets: (TARGETS, LOW_RES, LOW_RES) uint8, covered quarters of each low-res pixel, 0 to 4.
       weights: (TARGETS,) float32, 0 where there is no such target.
     """
 
     coords: np.ndarray
     kinds: np.ndarray
-    single: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
 
@@ -54,7 +53,7 @@ class Refined:
     """One prompt with a mask.
 
     Attributes:
-      coords, kinds: as above; the last two tokens of a prompt that takes the model's answer are free for clicks.
+      coords, kinds: as above, (TOKENS, ...); the last two of a prompt for the model's own answer are free for clicks.
       masks: (LOW_RES, LOW_RES) float32, logits of the coarse mask.
       targets: (1, LOW_RES, LOW_RES) uint8, as above.
       weights: (1,) float32, 0 where the scene has no object.
@@ -152,52 +151,40 @@ def _stack(rows: list[list]) -> dict[str, np.ndarray]:
 def make_plain(rng: np.random.Generator, scene: Scene, objects: Objects) -> Plain:
     """A prompt without a mask."""
     kind = rng.random() if len(objects.areas) else 1.0
-    coords, kinds = _no_tokens()
+    coords, kinds = _no_tokens(PLAIN_TOKENS)
     targets = np.zeros((TARGETS, LOW_RES, LOW_RES), np.uint8)
     weights = np.zeros(TARGETS, np.float32)
-    single = kind < OBJECT_CLICKS or kind >= OBJECT_CLICKS + BOXES + SEVERAL_CLICKS + BOXES_WITH_CLICKS
-    if single:
-        if kind < OBJECT_CLICKS:
-            row, column = _inside(rng, objects.choose(rng))
-        else:
-            row, column = (int(rng.integers(max(side // SCALE, 1))) for side in scene.size)
-        _put_clicks(rng, coords, kinds, [(row, column, FOREGROUND)])
-        kinds[1] = PADDING
-        under = np.flatnonzero(objects.quarters[:, row, column] >= 2)
-        under = under[np.argsort(objects.areas[under])][:TARGETS]
-        targets[: len(under)], weights[: len(under)] = objects.quarters[under], 1
-        return Plain(coords, kinds, np.array(True), targets, weights)
-    mask = objects.choose(rng)
-    targets[0], weights[0] = mask, 1
-    if kind < OBJECT_CLICKS + BOXES:
-        _put_box(rng, coords, kinds, mask)
-    elif kind < OBJECT_CLICKS + BOXES + SEVERAL_CLICKS:
-        clicks = _random_clicks(rng, mask, int(rng.integers(2, 4)))
-        _put_clicks(rng, coords, kinds, clicks)
-        kinds[len(clicks)] = PADDING
+    if kind < BOXES:
+        targets[0], weights[0] = objects.choose(rng), 1
+        _put_box(rng, coords, kinds, targets[0])
+        return Plain(coords, kinds, targets, weights)
+    if kind < BOXES + OBJECT_CLICKS:
+        row, column = _inside(rng, objects.choose(rng))
     else:
-        _put_box(rng, coords, kinds, mask)
-        _put_clicks(rng, coords, kinds, _random_clicks(rng, mask, int(rng.integers(1, 3))), first=2)
-    return Plain(coords, kinds, np.array(False), targets, weights)
+        row, column = (int(rng.integers(max(side // SCALE, 1))) for side in scene.size)
+    _put_click(rng, coords, kinds, row, column)
+    under = np.flatnonzero(objects.quarters[:, row, column] >= 2)
+    under = under[np.argsort(objects.areas[under])][:TARGETS]
+    targets[: len(under)], weights[: len(under)] = objects.quarters[under], 1
+    return Plain(coords, kinds, targets, weights)
 
 
 def make_own(rng: np.random.Generator, scene: Scene, objects: Objects) -> Refined:
     """A click or a box for the model to answer first."""
-    coords, kinds = _no_tokens()
+    coords, kinds = _no_tokens(TOKENS)
     mask = objects.choose(rng) if len(objects.areas) else np.zeros((LOW_RES, LOW_RES), np.uint8)
     if not mask.any():
         kinds[:2] = FOREGROUND, PADDING
     elif rng.random() < 0.6:
         _put_box(rng, coords, kinds, mask)
     else:
-        _put_clicks(rng, coords, kinds, [(*_inside(rng, mask), FOREGROUND)])
-        kinds[1] = PADDING
+        _put_click(rng, coords, kinds, *_inside(rng, mask))
     return Refined(coords, kinds, np.zeros(mask.shape, np.float32), mask[None], np.array([mask.any()], np.float32))
 
 
 def make_coarse(rng: np.random.Generator, scene: Scene, objects: Objects) -> Refined:
     """A coarse mask, mostly with a box, else with a click or alone."""
-    coords, kinds = _no_tokens()
+    coords, kinds = _no_tokens(TOKENS)
     if not len(objects.areas):
         empty = np.zeros((LOW_RES, LOW_RES), np.float32)
         return Refined(coords, kinds, empty, empty[None].astype(np.uint8), np.zeros(1, np.float32))
@@ -206,8 +193,7 @@ def make_coarse(rng: np.random.Generator, scene: Scene, objects: Objects) -> Ref
     if kind < 0.65:
         _put_box(rng, coords, kinds, mask)
     elif kind < 0.85:
-        _put_clicks(rng, coords, kinds, [(*_inside(rng, mask), FOREGROUND)])
-        kinds[1] = PADDING
+        _put_click(rng, coords, kinds, *_inside(rng, mask))
     return Refined(coords, kinds, coarsen(rng, mask), mask[None], np.ones(1, np.float32))
 
 
@@ -238,8 +224,8 @@ def coarsen(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
     return signs * np.float32(np.exp(rng.uniform(np.log(3), np.log(20))))
 
 
-def _no_tokens() -> tuple[np.ndarray, np.ndarray]:
-    return np.zeros((TOKENS, 2), np.float32), np.full(TOKENS, ABSENT, np.int32)
+def _no_tokens(count: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((count, 2), np.float32), np.full(count, ABSENT, np.int32)
 
 
 def _inside(rng: np.random.Generator, mask: np.ndarray) -> tuple[int, int]:
@@ -248,30 +234,10 @@ def _inside(rng: np.random.Generator, mask: np.ndarray) -> tuple[int, int]:
     return row, column
 
 
-def _random_clicks(rng: np.random.Generator, mask: np.ndarray, count: int) -> list[tuple[int, int, int]]:
-    """Clicks on a mask, and sometimes beside it: row, column, kind."""
-    clicks = [(*_inside(rng, mask), FOREGROUND)]
-    beside = np.flatnonzero((mask == 0) & (ndimage.maximum_filter(mask, 15) > 0))
-    while len(clicks) < count:
-        if rng.random() < 0.5 and len(beside):
-            row, column = divmod(int(rng.choice(beside)), LOW_RES)
-            clicks.append((row, column, BACKGROUND))
-        else:
-            clicks.append((*_inside(rng, mask), FOREGROUND))
-    return clicks
-
-
-def _put_clicks(
-    rng: np.random.Generator,
-    coords: np.ndarray,
-    kinds: np.ndarray,
-    clicks: list[tuple[int, int, int]],
-    first: int = 0,
-) -> None:
-    """Writes clicks, anywhere within their low-res pixels, into the tokens from `first` on."""
-    for token, (row, column, kind) in enumerate(clicks, first):
-        coords[token] = (column + rng.random()) * SCALE, (row + rng.random()) * SCALE
-        kinds[token] = kind
+def _put_click(rng: np.random.Generator, coords: np.ndarray, kinds: np.ndarray, row: int, column: int) -> None:
+    """Writes a click, anywhere within a low-res pixel, and SAM's padding point into the first two tokens."""
+    coords[0] = (column + rng.random()) * SCALE, (row + rng.random()) * SCALE
+    kinds[:2] = FOREGROUND, PADDING
 
 
 def _put_box(rng: np.random.Generator, coords: np.ndarray, kinds: np.ndarray, mask: np.ndarray) -> None:

