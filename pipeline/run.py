@@ -201,9 +201,11 @@ class _LocalRunner(FnApiRunner):
         for environment in pipeline_proto.components.environments.values():
             if environment.urn == python_urns.SUBPROCESS_SDK:
                 # The payload is a shell's command line. The process is known before it does anything, so that it can be
-                # stopped; once everything is, no new one begins. Without exec the shell would stay, and tell who was
-                # killed.
-                known = f": > {shlex.quote(str(self._progress_dir))}/$$ || exit 1; trap '' INT TERM; exec "
+                # stopped; once everything is, no new one begins, without a word. Without exec the shell would stay, and
+                # tell who was killed.
+                known = (
+                    f"(: > {shlex.quote(str(self._progress_dir))}/$$) 2> /dev/null || exit 1; trap '' INT TERM; exec "
+                )
                 environment.payload = known.encode() + environment.payload
         return super().run_via_runner_api(pipeline_proto, options)
 

@@ -129,9 +129,12 @@ class Service:
         self.requests: list[Any] = []
         self.state = dataflow.JobState.JOB_STATE_DONE
         self.images = 5
+        self.summary: str | None = None  # where the job's workers write one
 
     def create_job(self, request: Any) -> Any:
         self.requests.append(request)
+        if self.summary is not None:
+            write_json(self.summary, {**Totals(images=5, labeled=5).to_dict(), "versions": {}})
         return dataflow.Job(id="job-1", name=request.job.name, current_state=self.state)
 
     def get_job_metrics(self, request: Any) -> Any:
@@ -205,9 +208,9 @@ def service(buckets: MemoryBuckets, monkeypatch: pytest.MonkeyPatch) -> Service:
 
 
 @pytest.fixture
-def labeled(buckets: MemoryBuckets) -> None:
-    """What the job's workers leave."""
-    write_json(f"{BUCKET}/labels/{SUMMARY_FILE}", {**Totals(images=5, labeled=5).to_dict(), "versions": {}})
+def labeled(service: Service) -> None:
+    """The job's workers leave a summary."""
+    service.summary = f"{BUCKET}/labels/{SUMMARY_FILE}"
 
 
 def staged_pipeline(service: Service, buckets: MemoryBuckets) -> Any:
