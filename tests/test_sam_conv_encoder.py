@@ -234,10 +234,7 @@ def test_an_encoder_that_does_not_normalize_is_an_error() -> None:
 
 def test_the_references_twin_equals_keras_layers(backbone: Any, pixels: np.ndarray) -> None:
     torch = pytest.importorskip("torch")
-    pytest.importorskip("segment_anything")
-    from benchmarks.reference import build_torch_sam
-
-    sam = build_torch_sam(backbone)
+    sam = pytest.importorskip("benchmarks.reference").build_torch_sam(backbone)
     height, width = resized_hw(pixels.shape[:2], FRAME)
     image = torch.from_numpy(to_frame(pixels, FRAME)[:height, :width]).permute(2, 0, 1).float()
     with torch.no_grad():
