@@ -31,6 +31,7 @@ from transforms.amg import AmgConfig
 from transforms.labels import list_chunks, read_candidates, read_chunk, read_image_ids
 from transforms.read import ReadConfig, read_images
 from transforms.records import Shard, SourceFile
+from transforms.refine import COLUMNS
 from transforms.resume import read_report
 
 def threads():
@@ -42,7 +43,7 @@ before = threads()
 for chunk in list_chunks(labels):
     images = read_chunk(labels, chunk).images
     read_report(labels, chunk.shard, chunk.index)
-    read_candidates(labels, chunk, images, ["image_id"], settings)
+    read_candidates(labels, chunk, images, COLUMNS, settings)
 list(read_image_ids(labels, list_chunks(labels)))
 list(read_images(Shard("s", shard, "parquet", (SourceFile(shard, os.path.getsize(shard)),)), ReadConfig(), "/"))
 sys.exit(len(threads() - before))
@@ -63,7 +64,7 @@ def test_reading_parquet_starts_no_thread(labels: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-c", _COUNT_THREADS, str(labels), str(shard)], cwd=ROOT, capture_output=True, text=True
     )
-    assert (found.returncode, found.stderr) == (0, "")
+    assert (found.returncode, found.stderr) == (0, ""), found.stderr
 
 
 @pytest.mark.processes
