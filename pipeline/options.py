@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import inspect
 import json
 import re
@@ -31,6 +32,9 @@ _LOCAL_RUNNER_NAMES = (None, "DirectRunner", "FnApiRunner")
 # A mistyped flag is taken for one that is as similar as this (difflib's ratio), but never for one that deletes.
 _SIMILARITY = 0.8
 _NEVER_SUGGESTED = ("--overwrite",)
+
+# Of file systems: the client's module, and our extra that installs it.
+_EXTRAS = {"s3": ("boto3", "aws"), "gs": ("google.cloud.storage", "gcp")}
 
 J = TypeVar("J")
 
@@ -238,16 +242,34 @@ def _given(config: Any, values: dict[str, Any]) -> dict[str, Any]:
     """Those of a config's fields that were given as flags.
 
     Raises:
-      UsageError: a value is the empty string, as of a variable of the shell that is not set.
+      UsageError: a value is the empty string, as of a variable of the shell that is not set, or a URI whose client is
+        not installed.
     """
     given = {}
     for field in fields(config):
         value = values.get(field.name)
         if value is not None:
-            if "" in (value if isinstance(value, list) else [value]):
-                raise UsageError(f"--{field.name} is empty. Give it a value, or leave it out.")
+            for part in value if isinstance(value, list) else [value]:
+                if part == "":
+                    raise UsageError(f"--{field.name} is empty. Give it a value, or leave it out.")
+                _check_extra(field.name, str(part))
             given[field.name] = tuple(value) if isinstance(value, list) else value
     return given
+
+
+def _check_extra(flag: str, value: str) -> None:
+    """Beam says of a file system whose client is missing only that it does not know it, or "Missing requirement"."""
+    scheme, is_uri, _ = value.partition("://")
+    module, extra = _EXTRAS.get(scheme, ("", ""))
+    if is_uri and module and not _is_installed(module):
+        raise UsageError(f"--{flag} is {value}, and {scheme}:// needs a client: pip install 'maskbeam[{extra}]'")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # its package is missing
+        return False
 
 
 def _build_job(job: type[J], values: dict[str, Any]) -> J:

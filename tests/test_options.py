@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import typing
@@ -68,6 +69,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "output": (["elsewhere"], "elsewhere"),
     "overwrite": ([], True),
     "retry_failed": ([], True),
+    "accept_changed": ([], True),
     "max_failed_fraction": (["0.25"], 0.25),
     "gpu": (["t4"], "t4"),
     "quiet": ([], True),
@@ -262,3 +264,26 @@ def test_point_grids_are_checked(tmp_path: Path, content: str | None, flags: lis
     with pytest.raises(UsageError) as raised:
         parse("--point_grids", str(path), *flags)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "missing", "message"),
+    [
+        (["--input", "s3://bucket/a", "--output", "x"], "boto3", r"^--input is s3://bucket/a, .*'maskbeam\[aws\]'"),
+        (["--input", "x", "--output", "gs://bucket/b"], "google.cloud.storage", r"^--output .*'maskbeam\[gcp\]'"),
+        (["--input", "x", "--output", "gs://bucket/b"], "google.cloud", r"^--output .*'maskbeam\[gcp\]'"),
+    ],
+)
+def test_a_store_whose_client_is_not_installed_is_a_usage_error(
+    flags: list[str], missing: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+
+    def find_all_but_one(name: str) -> Any:
+        if name.startswith(f"{missing}."):
+            raise ModuleNotFoundError(name)
+        return None if name == missing else find_spec(name)
+
+    monkeypatch.setattr("importlib.util.find_spec", find_all_but_one)
+    with pytest.raises(UsageError, match=message):
+        parse_label(flags)

@@ -166,7 +166,7 @@ def test_a_store_that_fails_for_ever_ends_the_run_and_the_next_start_goes_on(
 def test_a_store_that_fails_from_the_start_is_a_usage_error(store: tuple[ObjectStore, Proxy], tmp_path: Path) -> None:
     place, proxy = store
     proxy.failing = "503"
-    with pytest.raises(UsageError, match="503|has given no answer for"):
+    with pytest.raises(UsageError, match=r"503|has given no answer for"):
         place.label(f"{place.uri}/photos/*.png", str(tmp_path / "labels"))
 
 

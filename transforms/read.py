@@ -6,6 +6,7 @@ A broken file never raises: it gives the images that can be had, and a failed on
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import tarfile
@@ -17,6 +18,7 @@ from typing import IO, Any, TypeVar
 import google_crc32c
 import pyarrow as pa
 
+from transforms.backend import native_stderr_silenced
 from transforms.images import has_image_extension
 from transforms.outage import StoreUnavailable, is_out
 from transforms.parquet_file import checked_row_groups, open_parquet
@@ -294,12 +296,19 @@ def _masked_crc32c(data: bytes) -> bytes:
     return (((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
 
 
+@functools.cache
+def _tensorflow() -> Any:
+    """TensorFlow, imported without its talk. It is heavy: only those who read TFRecords pay for it."""
+    with native_stderr_silenced():
+        import tensorflow
+
+    return tensorflow
+
+
 def parse_example(record: bytes, config: ReadConfig) -> Sample:
     """The image of a serialized tf.train.Example."""
-    import tensorflow as tf  # heavy: only those who read TFRecords pay for it
-
     try:
-        features = tf.train.Example.FromString(record).features.feature
+        features = _tensorflow().train.Example.FromString(record).features.feature
     except Exception:  # protobuf's DecodeError
         return Sample(reason=f"the record is no tf.train.Example; it begins with {record[:16]!r}")
 
