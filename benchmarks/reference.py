@@ -6,7 +6,8 @@ where one of the two is missing (torchvision has no CPU build for every torch), 
 place, and STAND_INS names it.
 
 Both networks normalise pixels by the same mean and deviation: torch in Sam.preprocess on [0, 255], before it pads with
-zeros; KerasHub inside the image encoder on [0, 1], so that its input must be padded with the mean.
+zeros; KerasHub inside the image encoder on [0, 1], so that its input must be padded with the mean. Where the encoder is
+a convolutional network instead of SAM's ViT, its twin is in conv_encoder.py.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import torch
 from PIL import Image
 from scipy import ndimage
 from torch import nn
+
+from benchmarks.conv_encoder import build_conv_encoder, conv_encoder_layers
 
 
 def box_area(boxes: torch.Tensor) -> torch.Tensor:
@@ -177,21 +180,23 @@ def importable_torchvision() -> Iterator[None]:
             del sys.modules[name]
 
 
-# One row of the weight table: name in torch's state_dict, variable in Keras, whether it is a kernel.
-Pair = tuple[str, keras.Variable, bool]
+# One row of the weight table: name in torch's state_dict, variable in Keras, axes of a torch kernel in Keras's order.
+# Everything but kernels is laid out alike and has none.
+Pair = tuple[str, keras.Variable, tuple[int, ...] | None]
 
-# Axes of a torch kernel in Keras's order: dense (out, in) -> (in, out); convolution (out, in, h, w) -> (h, w, in, out);
-# transposed convolution (in, out, h, w) -> (h, w, out, in). Everything but kernels is laid out alike.
+# Dense (out, in) -> (in, out); convolution (out, in, h, w) -> (h, w, in, out); transposed convolution (in, out, h, w)
+# -> (h, w, out, in).
 _KERNEL_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}
+_DEPTHWISE_AXES = (2, 3, 0, 1)  # (channels, 1, h, w) -> (h, w, channels, 1)
 
 
 def torch_state_dict(backbone: keras_hub.models.SAMBackbone) -> dict[str, torch.Tensor]:
     """The backbone's weights as the reference's state_dict, float32."""
     state_dict = {}
-    for name, variable, is_kernel in _weight_table(backbone):
+    for name, variable, axes in _weight_table(backbone):
         array = keras.ops.convert_to_numpy(variable).astype(np.float32)
-        if is_kernel:
-            array = array.transpose(np.argsort(_KERNEL_AXES[array.ndim]))
+        if axes:
+            array = array.transpose(np.argsort(axes))
         state_dict[name] = torch.from_numpy(np.ascontiguousarray(array))
     return state_dict
 
@@ -209,10 +214,10 @@ def load_torch_weights(backbone: keras_hub.models.SAMBackbone, state_dict: dict[
             f"the state_dict does not fit the backbone: it lacks {sorted(names - set(state_dict))} "
             f"and has {sorted(set(state_dict) - names)} too many"
         )
-    for name, variable, is_kernel in table:
+    for name, variable, axes in table:
         array = state_dict[name].detach().float().numpy()
-        if is_kernel:
-            array = array.transpose(_KERNEL_AXES[array.ndim])
+        if axes:
+            array = array.transpose(axes)
         if array.shape != tuple(variable.shape):
             raise ValueError(f"{name} must fit {variable.path} of shape {variable.shape}, got {array.shape}")
         variable.assign(np.ascontiguousarray(array))
@@ -232,19 +237,24 @@ def _weight_table(backbone: keras_hub.models.SAMBackbone) -> list[Pair]:
     return table
 
 
-def _image_encoder_weights(name: str, encoder: keras_hub.models.ViTDetBackbone) -> Iterator[Pair]:
+def _image_encoder_weights(name: str, encoder: keras.Model) -> Iterator[Pair]:
+    if not isinstance(encoder, keras_hub.models.ViTDetBackbone):
+        for torch_name, layer in conv_encoder_layers(encoder):
+            is_norm = isinstance(layer, keras.layers.LayerNormalization)
+            yield from (_norm if is_norm else _affine)(f"{name}.{torch_name}", layer)
+        return
     blocks = [layer for layer in encoder.layers if type(layer).__name__ == "WindowedTransformerEncoder"]
     (patch_embed,) = (layer for layer in encoder.layers if type(layer).__name__ == "ViTDetPatchingAndEmbedding")
     yield from _affine(f"{name}.patch_embed.proj", patch_embed.projection)
     for layer in encoder.layers:
         if type(layer).__name__ == "AddPositionalEmbedding":  # none where use_abs_pos is off
-            yield f"{name}.pos_embed", layer.pos_embed, False
+            yield f"{name}.pos_embed", layer.pos_embed, None
     for index, block in enumerate(blocks):
         prefix, attention = f"{name}.blocks.{index}", block.attention
         yield from _norm(f"{prefix}.norm1", block.layer_norm1)
         if attention.use_rel_pos:
-            yield f"{prefix}.attn.rel_pos_h", attention.add_decomposed_relative_pe.rel_pos_h, False
-            yield f"{prefix}.attn.rel_pos_w", attention.add_decomposed_relative_pe.rel_pos_w, False
+            yield f"{prefix}.attn.rel_pos_h", attention.add_decomposed_relative_pe.rel_pos_h, None
+            yield f"{prefix}.attn.rel_pos_w", attention.add_decomposed_relative_pe.rel_pos_w, None
         yield from _affine(f"{prefix}.attn.qkv", attention.qkv)
         yield from _affine(f"{prefix}.attn.proj", attention.projection)
         yield from _norm(f"{prefix}.norm2", block.layer_norm2)
@@ -254,7 +264,7 @@ def _image_encoder_weights(name: str, encoder: keras_hub.models.ViTDetBackbone) 
 
 def _prompt_encoder_weights(name: str, encoder: keras_hub.layers.SAMPromptEncoder) -> Iterator[Pair]:
     gaussian_matrix = encoder.positional_embedding_layer.positional_encoding_gaussian_matrix
-    yield f"{name}.pe_layer.positional_encoding_gaussian_matrix", gaussian_matrix, False
+    yield f"{name}.pe_layer.positional_encoding_gaussian_matrix", gaussian_matrix, None
     # torch numbers the labels: 0 background, 1 foreground, 2 and 3 the corners of a box
     yield from _embedding(f"{name}.point_embeddings.0", encoder.background_point_embed)
     yield from _embedding(f"{name}.point_embeddings.1", encoder.foreground_point_embed)
@@ -289,18 +299,19 @@ def _mask_decoder_weights(name: str, decoder: keras_hub.layers.SAMMaskDecoder) -
 
 def _affine(name: str, layer: keras.layers.Layer) -> Iterator[Pair]:
     """A dense or convolution layer."""
-    yield f"{name}.weight", layer.kernel, True
+    depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
+    yield f"{name}.weight", layer.kernel, _DEPTHWISE_AXES if depthwise else _KERNEL_AXES[layer.kernel.ndim]
     if layer.use_bias:
-        yield f"{name}.bias", layer.bias, False
+        yield f"{name}.bias", layer.bias, None
 
 
 def _norm(name: str, layer: keras.layers.LayerNormalization) -> Iterator[Pair]:
-    yield f"{name}.weight", layer.gamma, False
-    yield f"{name}.bias", layer.beta, False
+    yield f"{name}.weight", layer.gamma, None
+    yield f"{name}.bias", layer.beta, None
 
 
 def _embedding(name: str, layer: keras.layers.Embedding) -> Iterator[Pair]:
-    yield f"{name}.weight", layer.embeddings, False
+    yield f"{name}.weight", layer.embeddings, None
 
 
 def _attention(name: str, layer: keras.layers.Layer) -> Iterator[Pair]:
@@ -332,32 +343,17 @@ def _mlp(name: str, layer: keras.layers.Layer) -> Iterator[Pair]:
 
 def build_torch_sam(backbone: keras_hub.models.SAMBackbone) -> Sam:
     """The reference's model with the architecture and the weights of a KerasHub backbone."""
-    encoder, prompt_encoder, decoder = backbone.image_encoder, backbone.prompt_encoder, backbone.mask_decoder
-    frame_size = encoder.image_shape[0]
-    grid_size = frame_size // encoder.patch_size
+    prompt_encoder, decoder = backbone.prompt_encoder, backbone.mask_decoder
+    image_encoder, *normalization = _build_image_encoder(backbone.image_encoder)
     sam = Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=frame_size,
-            patch_size=encoder.patch_size,
-            embed_dim=encoder.hidden_size,
-            depth=encoder.num_layers,
-            num_heads=encoder.num_heads,
-            mlp_ratio=encoder.intermediate_dim / encoder.hidden_size,
-            out_chans=encoder.num_output_channels,
-            qkv_bias=encoder.use_bias,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),  # as in build_sam.py; KerasHub has it built in
-            use_abs_pos=encoder.use_abs_pos,
-            use_rel_pos=encoder.use_rel_pos,
-            window_size=encoder.window_size,
-            global_attn_indexes=tuple(encoder.global_attention_layer_indices),
-        ),
-        prompt_encoder=PromptEncoder(
+        image_encoder,
+        PromptEncoder(
             embed_dim=prompt_encoder.hidden_size,
-            image_embedding_size=(grid_size, grid_size),
-            input_image_size=(frame_size, frame_size),
+            image_embedding_size=tuple(prompt_encoder.image_embedding_size),
+            input_image_size=tuple(prompt_encoder.input_image_size),
             mask_in_chans=prompt_encoder.mask_in_channels,
         ),
-        mask_decoder=MaskDecoder(
+        MaskDecoder(
             num_multimask_outputs=decoder.num_multimask_outputs,
             transformer_dim=decoder.embedding_dim,
             iou_head_depth=decoder.iou_head_depth,
@@ -369,9 +365,32 @@ def build_torch_sam(backbone: keras_hub.models.SAMBackbone) -> Sam:
                 num_heads=decoder.num_heads,
             ),
         ),
+        *normalization,
     )
     sam.load_state_dict(torch_state_dict(backbone))
     return sam.eval()
+
+
+def _build_image_encoder(encoder: keras.Model) -> tuple[nn.Module, list[float], list[float]]:
+    """The encoder, and the mean and the deviation of pixels from 0 to 255."""
+    if not isinstance(encoder, keras_hub.models.ViTDetBackbone):
+        return build_conv_encoder(encoder)
+    vit = ImageEncoderViT(
+        img_size=encoder.image_shape[0],
+        patch_size=encoder.patch_size,
+        embed_dim=encoder.hidden_size,
+        depth=encoder.num_layers,
+        num_heads=encoder.num_heads,
+        mlp_ratio=encoder.intermediate_dim / encoder.hidden_size,
+        out_chans=encoder.num_output_channels,
+        qkv_bias=encoder.use_bias,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),  # as in build_sam.py; KerasHub has it built in
+        use_abs_pos=encoder.use_abs_pos,
+        use_rel_pos=encoder.use_rel_pos,
+        window_size=encoder.window_size,
+        global_attn_indexes=tuple(encoder.global_attention_layer_indices),
+    )
+    return vit, [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # as in build_sam.py
 
 
 def reference_generator(backbone: keras_hub.models.SAMBackbone, **settings: Any) -> SamAutomaticMaskGenerator:

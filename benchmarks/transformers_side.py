@@ -63,8 +63,11 @@ def build_sam_model(sam: Sam) -> SamModel:
 
     Raises:
       RuntimeError: SamModel has no place for a weight, or another shape for it.
+      ValueError: the image encoder is not SAM's ViT.
     """
     encoder, prompt_encoder, decoder = sam.image_encoder, sam.prompt_encoder, sam.mask_decoder
+    if not hasattr(encoder, "patch_embed"):
+        raise ValueError("transformers' SamModel has SAM's ViT alone: leave out the side 'transformers' for this model")
     block, transformer = encoder.blocks[0], decoder.transformer
     frame = {"image_size": encoder.img_size, "patch_size": encoder.patch_embed.proj.kernel_size[0]}
     config = SamConfig(

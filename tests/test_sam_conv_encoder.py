@@ -230,3 +230,14 @@ def test_an_encoder_that_does_not_normalize_is_an_error() -> None:
     pixels = keras.Input((32, 32, 3))
     with pytest.raises(ValueError, match="must start with an InputLayer and one Rescaling"):
         read_encoder(keras.Model(pixels, layers.Conv2D(3, 1)(pixels)))
+
+
+def test_the_references_twin_equals_keras_layers(backbone: Any, pixels: np.ndarray) -> None:
+    torch = pytest.importorskip("torch")
+    sam = pytest.importorskip("benchmarks.reference").build_torch_sam(backbone)
+    height, width = resized_hw(pixels.shape[:2], FRAME)
+    image = torch.from_numpy(to_frame(pixels, FRAME)[:height, :width]).permute(2, 0, 1).float()
+    with torch.no_grad():
+        actual = sam.image_encoder(sam.preprocess(image[None]))[0].permute(1, 2, 0).numpy()
+    expected = ops.convert_to_numpy(backbone.image_encoder(plain_input(pixels)))[0]
+    np.testing.assert_allclose(actual, expected, atol=3e-5)
