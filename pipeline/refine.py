@@ -105,7 +105,7 @@ def run_refine(job: RefineJob, changes: dict[str, Any]) -> int:
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
     refined = {
-        **run,
+        **{name: value for name, value in run.items() if name != "manifest"},  # that of the labels' own input
         "amg": asdict(config),
         "versions": versions(),
         "refined_from": {"labels": absolute(labels), "label_settings": run["amg"], **asdict(job.containment)},

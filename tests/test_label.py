@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -30,9 +31,10 @@ import pipeline.label
 from pipeline import cli
 from pipeline.demo import PHOTOS
 from pipeline.graph import build
-from pipeline.identity import default_backend, describe_run
+from pipeline.identity import claim_output, default_backend, describe_run
 from pipeline.options import parse_label
 from pipeline.run import run_label
+from pipeline.settle import settle
 from tests.conftest import EVENT_SECONDS, SMALL_GRID, Labels, label, photo_bytes, read_labels, wait_until, write_photos
 from tests.fakes import FakeSam, load_fake
 from tests.test_read import images_parquet, images_tar, parquet_bytes, tar_bytes, tfrecord_bytes
@@ -595,8 +597,10 @@ def test_beam_counters_are_the_summary(photos: Path, output: Path) -> None:
     job, options = parse_label(
         [*SMALL_GRID, "--input", str(photos), "--output", str(output), "--chunk_size", "3", "--max_masks", "5"]
     )
+    matched = match_shards(job.input)
+    run = settle(job, matched, claim_output(str(output), describe_run(job, matched.root), overwrite=False)).run
     root = beam.Pipeline(options=options)
-    build(root, job, describe_run(job, match_shards(job.input).root), load_fake)
+    build(root, job, run, load_fake)
     result = root.run()
     result.wait_until_finish()
     metrics = result.metrics().query(beam.metrics.MetricsFilter().with_namespace("maskbeam"))
@@ -636,7 +640,7 @@ def test_the_summary_tells_what_was_dropped_and_where_the_labels_are(
     totals = summary_of(output)
     assert lines[0] == "6 images: 6 labeled, 0 empty, 0 failed"
     assert lines[1].startswith(f"{totals['masks']} masks of {totals['candidates']} candidates (dropped: stability ")
-    assert "images/s (6 in " in lines[2]
+    assert re.match(r"[0-9.]+ images/s \(5 in [0-9.]+ s\), after [0-9.]+ s of start-up \(", lines[2])
     assert lines[3].startswith("seconds in decode ") and " write " in lines[3]
     assert lines[4] == "model: sam_tiny"
     assert lines[5] == f"labels: {output}/annotations/*.parquet, {output}/images/*.parquet"

@@ -471,7 +471,7 @@ def test_of_a_committed_chunk_only_the_footer_is_read(s3_server: ObjectStore, tm
 
 
 @pytest.mark.parametrize(("name", "pack"), [("a.tar", images_tar), ("c.parquet", images_parquet)])
-def test_a_shard_is_downloaded_once(s3_server: ObjectStore, name: str, pack: Any) -> None:
+def test_a_shard_is_downloaded_once_or_twice(s3_server: ObjectStore, name: str, pack: Any) -> None:
     parse_label(["--input", "x", "--output", "y", *s3_server.flags])
     data = pack([os.urandom(2**20) for _ in range(40)])
     s3_server.put(f"download/{name}", data)
@@ -479,8 +479,8 @@ def test_a_shard_is_downloaded_once(s3_server: ObjectStore, name: str, pack: Any
     _, received, stop = s3_requests(s3_server)
     assert sum(len(image.data) for image in read_images(shard, ReadConfig(), s3_server.uri)) == 40 * 2**20
     stop()
-    # Looking at the head of a file whose footer is read first costs Beam's read-ahead once.
-    assert received["GetObject"] <= len(data) + 17 * 2**20 * (name == "c.parquet") + 2**20
+    # Of Parquet the headers of all pages are read first, with Beam's read-ahead, so that none inflates without bound.
+    assert received["GetObject"] <= len(data) * (1 + (name == "c.parquet")) + 2**20
 
 
 # Presets.

@@ -115,9 +115,9 @@ def test_a_job_runs_in_other_processes(installed: Path, tmp_path: Path) -> None:
         run = label(installed, launcher, "--input", "photos", "--output", "labels", "--chunk_size", "2", *service.flags)
         assert run.returncode == 0, run.stderr + service.log.read_text()
 
-    assert "3 images: " in run.stdout and "images/s (3 in" in run.stdout
+    assert "3 images: " in run.stdout and "3 images in " in run.stdout
     assert "submitted: job " in run.stderr and f"at localhost:{service.port}" in run.stderr
-    assert "Job state changed to RUNNING" in run.stderr and "\nDONE: job " in run.stderr
+    assert "Job state changed" not in run.stderr and "\nDONE: job " in run.stderr  # Beam's own lines stay away
 
     labels = read_labels(launcher / "labels")
     assert [image["image_id"] for image in labels.images] == ["0.png", "1.png", "2.png"]

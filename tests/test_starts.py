@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def start_two(data: Path, output: Path, *flags: str) -> tuple[list[subprocess.Po
 
 
 def leave_note(output: Path, host: str, process: int) -> Path:
-    note = output / "_tmp" / "1.start.json"
+    note = output / "_tmp" / f"{uuid.uuid4().hex}.start.json"
     note.parent.mkdir(parents=True)
     note.write_text(json.dumps(asdict(Start(host, process, "then"))))
     return note

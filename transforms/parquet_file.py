@@ -57,9 +57,13 @@ def open_parquet(file: IO[bytes]) -> pq.ParquetFile:
     Raises:
       ValueError: it is damaged, or nests too deep.
     """
-    _check_nesting(read_footer(file))
+    footer = read_footer(file)
+    _check_nesting(footer)
+    # Arrow gets the footer from here: read again, it would be another request to an object store.
+    footer_file = io.BytesIO(b"".join([b"PAR1", footer, len(footer).to_bytes(4, "little"), b"PAR1"]))
     return pq.ParquetFile(
         file,
+        metadata=pq.read_metadata(footer_file),
         buffer_size=_BUFFER_BYTES,
         pre_buffer=False,
         page_checksum_verification=True,  # where there are checksums

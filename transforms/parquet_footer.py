@@ -20,6 +20,9 @@ from typing import IO
 import pyarrow as pa
 
 # Fields of FileMetaData, SchemaElement, RowGroup and ColumnChunk.
+# Read at once from the end of a file: the whole footer, unless it is long. A request to an object store each.
+_TAIL_BYTES = 2**15
+
 _SCHEMA, _ROW_GROUPS = 2, 4
 _NUM_CHILDREN = 5
 _COLUMNS, _NUM_ROWS = 1, 3
@@ -52,11 +55,13 @@ def read_footer(file: IO[bytes]) -> bytes:
     """
     # A file ends with: FileMetaData | its length, uint32 little endian | PAR1.
     num_bytes = file.seek(0, io.SEEK_END)
-    file.seek(max(num_bytes - 8, 0))
-    tail = file.read(8)
-    footer_bytes = int.from_bytes(tail[:4], "little")
-    if tail[4:] != b"PAR1" or footer_bytes > num_bytes - 8:
+    file.seek(max(num_bytes - _TAIL_BYTES, 0))
+    tail = file.read(_TAIL_BYTES)
+    footer_bytes = int.from_bytes(tail[-8:-4], "little")
+    if tail[-4:] != b"PAR1" or footer_bytes > num_bytes - 8:
         raise ValueError("it is no Parquet file, or its end is missing")
+    if footer_bytes <= len(tail) - 8:
+        return tail[len(tail) - 8 - footer_bytes : -8]
     file.seek(num_bytes - 8 - footer_bytes)
     return file.read(footer_bytes)
 
