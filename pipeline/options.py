@@ -19,6 +19,7 @@ import typing
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
+from apache_beam import version as beam_version
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
@@ -33,7 +34,7 @@ _LOCAL_RUNNER_NAMES = (None, "DirectRunner", "FnApiRunner")
 _SIMILARITY = 0.8
 _NEVER_SUGGESTED = ("--overwrite",)
 
-# Of file systems: the client's module, and our extra that installs it.
+# Of file systems: the client's module, and Beam's extra that installs it.
 _EXTRAS = {"s3": ("boto3", "aws"), "gs": ("google.cloud.storage", "gcp")}
 
 J = TypeVar("J")
@@ -262,7 +263,8 @@ def _check_extra(flag: str, value: str) -> None:
     scheme, is_uri, _ = value.partition("://")
     module, extra = _EXTRAS.get(scheme, ("", ""))
     if is_uri and module and not _is_installed(module):
-        raise UsageError(f"--{flag} is {value}, and {scheme}:// needs a client: pip install 'maskbeam[{extra}]'")
+        requirement = f"apache-beam[{extra}]=={beam_version.__version__}"
+        raise UsageError(f"--{flag} is {value}, and {scheme}:// needs a client: pip install '{requirement}'")
 
 
 def _is_installed(module: str) -> bool:

@@ -267,7 +267,7 @@ def test_the_command_submits_a_job_for_gpu_workers(
     assert not [path for path in buckets.objects if "main_session" in path]
 
     captured = capsys.readouterr()
-    assert "5 images: 5 labeled" in captured.out and "images/s (5 in" in captured.out
+    assert "5 images: 5 labeled" in captured.out and "5 images in " in captured.out
     assert "https://console.cloud.google.com/dataflow/jobs/us-central1/job-1?project=my-project" in captured.err
     assert "gcloud dataflow jobs cancel job-1 --region us-central1 --project my-project" in captured.err
     assert "DONE" in captured.err
