@@ -272,14 +272,14 @@ def test_point_grids_are_checked(tmp_path: Path, content: str | None, flags: lis
         (
             ["--input", "s3://bucket/a", "--output", "x"],
             "boto3",
-            r"^--input is s3://bucket/a, .*'apache-beam\[aws\]==,
+            r"^--input is s3://bucket/a, .*'apache-beam\[aws\]==",
         ),
         (
             ["--input", "x", "--output", "gs://bucket/b"],
             "google.cloud.storage",
-            r"^--output .*'apache-beam\[gcp\]==,
+            r"^--output .*'apache-beam\[gcp\]==",
         ),
-        (["--input", "x", "--output", "gs://bucket/b"], "google.cloud", r"^--output .*'apache-beam\[gcp\]==),
+        (["--input", "x", "--output", "gs://bucket/b"], "google.cloud", r"^--output .*'apache-beam\[gcp\]=="),
     ],
 )
 def test_a_store_whose_client_is_not_installed_is_a_usage_error(
