@@ -24,7 +24,6 @@ import lzma
 import queue
 import random
 import re
-import resource
 import struct
 import subprocess
 import sys
@@ -47,6 +46,7 @@ import zstandard
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.machine import peak_rss_bytes
 from transforms.images import ImageConfig, ImageError, decode_image
 from transforms.read import ReadConfig, read_images
 from transforms.records import EncodedImage, Shard, SourceFile
@@ -639,7 +639,8 @@ def main(argv: list[str] | None = None) -> int:
         parse_example(b"", ReadConfig())  # imports TensorFlow, before the first case is timed
         for outcome in run_cases(args.first, args.cases):
             print(json.dumps(asdict(outcome)), flush=True)
-        print(json.dumps({"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
+        # Not getrusage, which begins with what the parent had.
+        print(json.dumps({"peak_rss_bytes": peak_rss_bytes()}), flush=True)
         return 0
     report = watch_cases(args.first, args.cases, progress=True)
     print_report(report)
