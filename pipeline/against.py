@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from pipeline.progress import progress_bar
 from pipeline.results import escape_controls, format_mean, format_share, format_some, format_table
 from transforms.agreement import MATCH_IOU, compare_masks
 from transforms.labels import list_chunks, read_chunk, read_images
-from transforms.records import Mask
+from transforms.records import Mask, Sums
 from transforms.schema import row_to_mask
 from transforms.write import ChunkKey
 
@@ -49,7 +49,7 @@ class ImageName:
 
 
 @dataclass(frozen=True)
-class ComparedMasks:
+class ComparedMasks(Sums):
     """The masks of an image, or of many, in two sets of labels.
 
     Attributes:
@@ -75,9 +75,6 @@ class ComparedMasks:
     def new(self) -> int:
         """Masks that the other labels do not have."""
         return self.masks - self.matched
-
-    def __add__(self, other: ComparedMasks) -> ComparedMasks:
-        return ComparedMasks(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the counts and the two means, None where there is nothing to average."""

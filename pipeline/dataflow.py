@@ -153,13 +153,22 @@ def default_image(project: str, region: str) -> str:
     return f"{repository}/worker:{version}-py{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def _check_installed() -> None:
+def is_installed(module: str) -> bool:
+    """Whether a module is there that comes with one of Beam's extras."""
     try:
-        installed = importlib.util.find_spec("google.cloud.dataflow") is not None
-    except ModuleNotFoundError:  # not even google.cloud
-        installed = False
-    if not installed:
-        raise ValueError(f"Dataflow needs Beam's gcp extra: pip install 'apache-beam[gcp]=={beam.__version__}'")
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its package
+        return False
+
+
+def install_command(extra: str) -> str:
+    """What installs one of Beam's extras, for this Beam."""
+    return f"pip install 'apache-beam[{extra}]=={beam.__version__}'"
+
+
+def _check_installed() -> None:
+    if not is_installed("google.cloud.dataflow"):
+        raise ValueError(f"Dataflow needs Beam's gcp extra: {install_command('gcp')}")
 
 
 def _check_cloud(cloud: GoogleCloudOptions) -> None:

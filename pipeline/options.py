@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.util
 import inspect
 import json
 import re
@@ -19,10 +18,10 @@ import typing
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
-from apache_beam import version as beam_version
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
+from pipeline.dataflow import install_command, is_installed
 from pipeline.graph import Job
 from transforms.amg import PROFILES, AmgConfig
 
@@ -262,16 +261,8 @@ def _check_extra(flag: str, value: str) -> None:
     """Beam says of a file system whose client is missing only that it does not know it, or "Missing requirement"."""
     scheme, is_uri, _ = value.partition("://")
     module, extra = _EXTRAS.get(scheme, ("", ""))
-    if is_uri and module and not _is_installed(module):
-        requirement = f"apache-beam[{extra}]=={beam_version.__version__}"
-        raise UsageError(f"--{flag} is {value}, and {scheme}:// needs a client: pip install '{requirement}'")
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:  # its package is missing
-        return False
+    if is_uri and module and not is_installed(module):
+        raise UsageError(f"--{flag} is {value}, and {scheme}:// needs a client: {install_command(extra)}")
 
 
 def _build_job(job: type[J], values: dict[str, Any]) -> J:

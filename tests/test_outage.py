@@ -16,7 +16,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from pipeline.options import UsageError, parse_label
 from tests.conftest import EVENT_SECONDS, label, read_labels, write_photos
-from tests.fakes import FakeSam
+from tests.fakes import Clock, FakeSam
 from tests.test_object_store import ObjectStore, fetch, gs_server, s3_server  # noqa: F401  # fixtures
 from transforms import outage
 from transforms.outage import Outage, StoreUnavailable
@@ -184,15 +184,6 @@ def test_an_outage_that_passes_is_waited_out(store: tuple[ObjectStore, Proxy], t
 
 
 # The clockwork.
-
-
-class Clock:
-    """In place of the module time."""
-
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -9,16 +9,8 @@ import pytest
 
 from pipeline import progress as progress_module
 from pipeline.progress import Progress
+from tests.fakes import Clock
 from transforms.segment import COMPILING, IMAGE, LOADING, PROGRESS_RECORD, READING, READY
-
-
-class Clock:
-    """In place of the module time."""
-
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from PIL import Image
 from training import evaluate, finish, losses, network, scenes, train
 from training.model import build_model
 from training.photos import Photo, load_photos, split_images
+from training.sam_tiny.finish import write_preset
+from training.sam_tiny.losses import pair_losses
 from training.synthetic import make_synthetic
 from transforms.sam import load_sam
 from transforms.sam_encoder import PIXEL_MEAN, PIXEL_STD
@@ -91,7 +93,7 @@ def test_a_perfect_mask_has_iou_1_and_nearly_no_loss() -> None:
     perfect, empty, half = 20 * (2 * target - 1), np.full_like(target, -20), np.full_like(target, -20)
     half[..., :8] = 20
     logits = np.concatenate([perfect, empty, half], axis=1)
-    loss, iou = (np.array(value)[0, 0] for value in losses.pair_losses(tf.constant(logits), tf.constant(target)))
+    loss, iou = (np.array(value)[0, 0] for value in pair_losses(tf.constant(logits), tf.constant(target)))
     np.testing.assert_allclose(iou, [1, 0, 0.5], atol=1e-4)
     assert loss[0] < 1e-3 and loss[0] < loss[2] < loss[1]
 
@@ -252,7 +254,7 @@ def test_the_preset_loads_as_float32_and_gives_the_calibrated_answers(model: ker
     prompts = (tf.constant(pixels[None]), tf.constant([[256, 256]]), tf.constant(coords), tf.constant([[False]]))
     before = network.predict(model, *prompts)
     finish.change_scores(model.mask_decoder, 2.0, 0.25, 3.0)
-    finish.write_preset(model, tmp_path / "preset")
+    write_preset(model, tmp_path / "preset")
     with h5py.File(tmp_path / "preset" / "model.weights.h5") as file:
         found: list[np.dtype] = []
         file.visititems(lambda _, item: found.append(item.dtype) if isinstance(item, h5py.Dataset) else None)

@@ -16,15 +16,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import h5py
 import keras
-import keras_hub
 import numpy as np
 import tensorflow as tf
 
 from training.model import build_model
 from training.network import predict
 from training.photos import Photo, load_photos, read_photos
+from training.sam_tiny.finish import write_preset
 from training.scenes import FRAME, place
 from training.train import SEED
 from transforms.prompts import build_point_grid
@@ -110,29 +109,6 @@ def change_scores(decoder: keras.layers.Layer, scale: float, shift: float, facto
         last = mlp.mlp_block.layers[-1]
         last.kernel.assign(last.kernel * factor)
         last.bias.assign(last.bias * factor)
-
-
-def write_preset(backbone: keras.Model, preset: Path) -> None:
-    """Writes a KerasHub preset whose weights are stored as float16, half the size; they load as float32."""
-    # ViTDetBackbone subtracts SAM's mean itself; the converter scales to 0..1.
-    converter = keras_hub.layers.SAMImageConverter(image_size=(FRAME, FRAME), scale=1 / 255)
-    preprocessor = keras_hub.models.SAMImageSegmenterPreprocessor(image_converter=converter)
-    keras_hub.models.SAMImageSegmenter(backbone=backbone, preprocessor=preprocessor).save_to_preset(str(preset))
-    weights, part = preset / "model.weights.h5", preset / "part.h5"
-    with h5py.File(weights) as source, h5py.File(part, "w") as half:
-        source.visititems(lambda name, item: copy_item(name, item, half))
-        half.attrs.update(source.attrs)
-    part.replace(weights)
-
-
-def copy_item(name: str, item: h5py.Group | h5py.Dataset, target: h5py.File) -> None:
-    """Copies a group or an array under its name, floats as float16."""
-    if isinstance(item, h5py.Dataset):
-        value = item[()]
-        copied = target.create_dataset(name, data=value.astype(np.float16) if value.dtype == np.float32 else value)
-    else:
-        copied = target.require_group(name)
-    copied.attrs.update(item.attrs)
 
 
 if __name__ == "__main__":

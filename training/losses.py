@@ -6,41 +6,9 @@ of pixels at the same weight, plus dice, does not.
 
 from __future__ import annotations
 
-from typing import Any
-
 from keras import ops
 
-Tensor = Any  # of the backend
-
-# A target's loss is that of its best mask, and a little of the others', so that no token dies.
-OTHERS_SHARE = 0.1
-
-
-def pair_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and IoU of every target with every mask.
-
-    Args:
-      logits: (N, M, pixels).
-      targets: (N, K, pixels), covered shares from 0 to 1.
-
-    Returns:
-      loss, class-balanced cross-entropy plus dice, and IoU of the masks at threshold 0: (N, K, M) each.
-    """
-    pixels = logits.shape[-1]
-    softplus = ops.softplus(logits)
-    area = ops.sum(targets, axis=-1)[:, :, None] + 1.0
-    absent = ops.sum(softplus, axis=-1)[:, None] - _product(targets, softplus)  # -log(1 - p), where there is no target
-    present = _product(targets, softplus - logits)  # -log(p), where there is
-    # A small target's pixels weigh at most 20 times as much as those of a target that fills half the frame.
-    present_weight = ops.minimum(1.0 / area, 40.0 / pixels)
-    entropy = 0.5 * (present * present_weight + absent / (pixels - area + 2.0))
-    probability = ops.sigmoid(logits)
-    overlap = _product(targets, probability)
-    dice = 1.0 - (2.0 * overlap + 1.0) / (area + ops.sum(probability, axis=-1)[:, None])
-    mask = ops.cast(logits > 0, targets.dtype)
-    intersection = _product(targets, mask)
-    iou = intersection / (area - 1.0 + ops.sum(mask, axis=-1)[:, None] - intersection + 1e-6)
-    return entropy + dice, iou
+from training.sam_tiny.losses import OTHERS_SHARE, Tensor, pair_losses
 
 
 def prompt_loss(
@@ -74,8 +42,3 @@ def prompt_loss(
     objects = ops.cast(weights == 1.0, "float32")
     best_iou = ops.sum(objects * ops.max(ious * allowed, axis=-1)) / (ops.sum(objects) + 1e-6)
     return masks_loss, iou_loss, best_iou
-
-
-def _product(targets: Tensor, values: Tensor) -> Tensor:
-    """Inner products over the pixels of every target with every mask: (N, K, M)."""
-    return ops.matmul(targets, ops.transpose(values, (0, 2, 1)))

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from transforms import rle
-from transforms.records import Mask
+from transforms.records import Mask, Sums
 
 # Two masks are the same object from this mask IoU on. COCO's evaluation calls 0.5 a match and 0.95 its strictest; at
 # 0.9 a person has to look twice to tell the outlines apart.
@@ -19,7 +19,7 @@ MATCH_IOU = 0.9
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Agreement(Sums):
     """How far the actual masks are the expected ones, of one image; the sum is that of several images.
 
     Attributes:
@@ -65,9 +65,6 @@ class Agreement:
     def mean_predicted_iou_difference(self) -> float | None:
         """Mean of the absolute differences of the pairs; None without one."""
         return _mean(self.predicted_iou_differences)
-
-    def __add__(self, other: Agreement) -> Agreement:
-        return Agreement(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 def _mean(values: tuple[float, ...]) -> float | None:

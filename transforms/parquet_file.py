@@ -57,7 +57,10 @@ def open_parquet(file: IO[bytes]) -> pq.ParquetFile:
     Raises:
       ValueError: it is damaged, or nests too deep.
     """
-    footer = read_footer(file)
+    return _open_parquet(file, read_footer(file))
+
+
+def _open_parquet(file: IO[bytes], footer: bytes) -> pq.ParquetFile:
     _check_nesting(footer)
     # Arrow gets the footer from here: read again, it would be another request to an object store.
     footer_file = io.BytesIO(b"".join([b"PAR1", footer, len(footer).to_bytes(4, "little"), b"PAR1"]))
@@ -89,7 +92,7 @@ def read_table(file: IO[bytes], schema: pa.Schema, columns: Sequence[str]) -> pa
     footer = read_footer(file)
     if len(footer) > _MAX_FOOTER_BYTES:
         raise ValueError(f"its footer has {len(footer)} bytes; at most {_MAX_FOOTER_BYTES} are read")
-    parquet = open_parquet(file)
+    parquet = _open_parquet(file, footer)
     expected, found = _part_of(schema, columns), parquet.schema_arrow
     for field in expected:
         if field.name not in found.names:

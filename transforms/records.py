@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Self
 
 from transforms.crops import CropBox
 
@@ -173,7 +173,15 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Dropped:
+class Sums:
+    """Figures that are added field by field, over the images or the processes that they are of."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Dropped(Sums):
     """How many candidate masks each filter removed, in the order of the filters."""
 
     predicted_iou: int = 0
@@ -185,9 +193,6 @@ class Dropped:
     area: int = 0
     containment: int = 0
     max_masks: int = 0
-
-    def __add__(self, other: Dropped) -> Dropped:
-        return Dropped(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def total(self) -> int:
         return sum(getattr(self, f.name) for f in fields(self))
@@ -244,7 +249,7 @@ class StoredCandidate:
 
 
 @dataclass(frozen=True)
-class Seconds:
+class Seconds(Sums):
     """Where the time went: decode = image bytes, embed = image encoder, predict_masks = mask decoder.
 
     Of the threads that did it, which work side by side: the sum is more than the wall time.
@@ -256,15 +261,12 @@ class Seconds:
     postprocess: float = 0.0
     write: float = 0.0
 
-    def __add__(self, other: Seconds) -> Seconds:
-        return Seconds(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
     def total(self) -> float:
         return sum(getattr(self, f.name) for f in fields(self))
 
 
 @dataclass(frozen=True)
-class WorkerTime:
+class WorkerTime(Sums):
     """Wall time of worker processes in seconds, summed over them, so that it gives the pace of one.
 
     Attributes:
@@ -279,9 +281,6 @@ class WorkerTime:
     label: float = 0.0
     images: int = 0
     started: int = 0
-
-    def __add__(self, other: WorkerTime) -> WorkerTime:
-        return WorkerTime(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def images_per_second(self) -> float | None:
@@ -373,7 +372,7 @@ class LabeledChunk:
 
 
 @dataclass(frozen=True)
-class Totals:
+class Totals(Sums):
     """Sums over images; the sum of all chunks' totals is the run's summary.
 
     Attributes:
@@ -397,9 +396,8 @@ class Totals:
     annotations: Annotations = NO_ANNOTATIONS
 
     def __add__(self, other: Totals) -> Totals:
-        added: dict[str, Any] = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        added["failures"] = tuple(sorted(added["failures"])[:MAX_FAILURES_SHOWN])
-        return Totals(**added)
+        added = super().__add__(other)
+        return replace(added, failures=tuple(sorted(added.failures)[:MAX_FAILURES_SHOWN]))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -16,7 +16,7 @@ import keras
 import keras_hub
 import numpy as np
 
-from training.sam_tiny.model import FRAME, build_model
+from training.sam_tiny.model import build_model
 from training.sam_tiny.train import restore
 
 
@@ -34,8 +34,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def write_preset(backbone: keras.Model, preset: Path) -> None:
     """Writes a KerasHub preset whose weights are stored as float16, half the size; they load as float32."""
-    # The encoder's rescaling normalizes; the converter scales to 0..1.
-    converter = keras_hub.layers.SAMImageConverter(image_size=(FRAME, FRAME), scale=1 / 255)
+    # The encoder normalizes; the converter scales to 0..1.
+    image_size = backbone.image_encoder.input_shape[1:3]
+    converter = keras_hub.layers.SAMImageConverter(image_size=image_size, scale=1 / 255)
     preprocessor = keras_hub.models.SAMImageSegmenterPreprocessor(image_converter=converter)
     keras_hub.models.SAMImageSegmenter(backbone=backbone, preprocessor=preprocessor).save_to_preset(str(preset))
     weights, part = preset / "model.weights.h5", preset / "part.h5"
