@@ -56,6 +56,7 @@ def handle_signals() -> None:
     for number in _WORDS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as shells start jobs in the background
             signal.signal(number, _interrupt_main_thread)
+    atexit.register(_stop_handling)  # the first to be registered: the last to be called
 
 
 @contextlib.contextmanager
@@ -107,8 +108,20 @@ def _interrupt_main_thread(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
 
+def _stop_handling() -> None:
+    """The work is done, and said: from here on a signal changes nothing.
+
+    Python would restore what the system does by default, and the signal would end a command that had succeeded.
+    """
+    for number in _WORDS:
+        signal.signal(number, signal.SIG_IGN)
+    if _state.received:
+        _await_end()
+
+
 def _await_end() -> NoReturn:
     """The main thread's end: also what libraries registered for the exit, as the job servers of runners."""
+    atexit.unregister(_stop_handling)
     with contextlib.suppress(BaseException):
         atexit._run_exitfuncs()
     _state.unwound.set()

@@ -61,11 +61,13 @@ class Command:
         """What each worker process leaves when it begins."""
         return list(self.temporary.glob("maskbeam-*/progress/*"))
 
-    def send(self, number: signal.Signals) -> str:
+    def send(self, number: signal.Signals, may_be_done: bool = False) -> str:
         """Sends a signal as a terminal does, to all processes; checks the end and returns the last line."""
         os.killpg(self.process.pid, number)
         _, said = self.process.communicate(timeout=EVENT_SECONDS)
         code, word = SIGNALS[number]
+        if may_be_done and self.process.returncode == 0:
+            return ""
         assert self.process.returncode == code, said
         assert not re.search("Traceback|KeyboardInterrupt|Exception|Killed", said), said
         of_the_end = [line for line in said.splitlines() if not line.startswith("maskbeam: without --model")]
@@ -165,7 +167,7 @@ COMMANDS = {
     "evaluate": ("--labels", "labels", "--truth", "coco.json", "--json", "{out}/result.json"),
     "refine": ("--labels", "labels", "--output", "{out}/refined", "--max_masks", "1"),
     "export": ("--labels", "labels", "--output", "{out}/yolo", "--format", "yolo"),
-    "import": ("--input", "photos", "--annotations", "coco.json", "--output", "{out}/imported"),
+    "import": ("--annotations", "coco.json", "--output", "{out}/imported"),
     "plan": ("--input", "photos", "--json", "{out}/plan.json"),
     "certify": ("--input", "photos", "--images", "2", "--json", "{out}/certificate.json"),
     "demo": ("--output", "{out}/demo"),
@@ -185,8 +187,9 @@ def test_other_commands_end_in_a_line_and_leave_nothing_half_done(name: str, lab
             _, said = command.process.communicate()
             assert command.process.returncode == 0, said
             break
-        command.send(signal.SIGINT)
-        half = [path for path in directory.rglob("*") if re.search(r"[0-9a-f]{32}", path.name)]
+        command.send(signal.SIGINT, may_be_done=True)
+        named_by_id = (path for path in directory.rglob("*") if re.search(r"[0-9a-f]{32}", path.name))
+        half = [path for path in named_by_id if not path.name.startswith("manifest-")]  # demo's labels go on from it
         assert half == []
 
 
@@ -260,6 +263,24 @@ def test_a_second_ctrl_c_does_not_wait_for_the_main_thread(tmp_path: Path) -> No
     os.kill(command.process.pid, signal.SIGINT)
     assert command.process.wait(timeout=EVENT_SECONDS) == 130
     assert not (tmp_path / "left").exists()
+
+
+def test_a_signal_after_the_work_changes_nothing(tmp_path: Path) -> None:
+    # What a module holds is deleted after Python has put back what a signal does by default.
+    program = """
+import os, signal
+from pipeline.interruption import handle_signals
+
+class Last:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):
+        kill(process, number)
+
+handle_signals()
+last = Last()
+"""
+    command = Command(tmp_path, "-c", program)
+    _, said = command.process.communicate(timeout=EVENT_SECONDS)
+    assert (command.process.returncode, said) == (0, "")
 
 
 def test_the_innermost_sentence_is_said() -> None:

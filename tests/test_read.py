@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import photo_bytes
 from transforms import read, source
-from transforms.read import ReadConfig, read_chunks, read_images
+from transforms.read import ReadConfig, _tensorflow, read_chunks, read_images
 from transforms.records import Annotations, EncodedImage, Shard, SourceFile, escape_name, unescape_name
 
 # Bytes that no compression shortens, so that cuts fall where the tests expect them.
@@ -623,6 +623,7 @@ def test_parquet_without_an_image_column_names_its_columns(tmp_path: Path) -> No
 
 def test_missing_package_is_no_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorflow", None)
+    _tensorflow.cache_clear()  # earlier tests loaded it
     with pytest.raises(ImportError):
         read_bytes(tmp_path, "tfrecord", frame(b""))
 

@@ -307,8 +307,9 @@ def _tensorflow() -> Any:
 
 def parse_example(record: bytes, config: ReadConfig) -> Sample:
     """The image of a serialized tf.train.Example."""
+    example = _tensorflow().train.Example  # outside the try: a missing package is no fault of the record
     try:
-        features = _tensorflow().train.Example.FromString(record).features.feature
+        features = example.FromString(record).features.feature
     except Exception:  # protobuf's DecodeError
         return Sample(reason=f"the record is no tf.train.Example; it begins with {record[:16]!r}")
 
