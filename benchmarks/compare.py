@@ -57,10 +57,10 @@ from benchmarks.machine import (
 )
 from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, find_photos
 from benchmarks.sides import SIDES, Ours, Reference, Run, load_sides
-from transforms.agreement import MATCH_IOU, compare_masks
-from transforms.amg import AmgConfig
-from transforms.images import ImageConfig, decode_image
-from transforms.records import Mask
+from maskbeam.transforms.evaluation.agreement import MATCH_IOU, compare_masks
+from maskbeam.transforms.images import ImageConfig, decode_image
+from maskbeam.transforms.masks.amg import AmgConfig
+from maskbeam.transforms.records import Mask
 
 if TYPE_CHECKING:  # torch, for the reference alone
     from benchmarks.parity import Comparison

@@ -1,4 +1,4 @@
-"""A convolutional image encoder (transforms/sam_conv_encoder.py) in torch, with torch's own convolutions.
+"""A convolutional image encoder (transforms/models/sam/conv_encoder.py) in torch, with torch's own convolutions.
 
 For benchmarks.reference: the reference's Sam takes it in place of its ViT. Its normalization is Sam.preprocess's.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from transforms.sam_conv_encoder import ConvEncoderShape, Step, read_encoder
+from maskbeam.transforms.models.sam.conv_encoder import ConvEncoderShape, Step, read_encoder
 
 
 class ConvEncoder(nn.Module):

@@ -47,9 +47,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.machine import peak_rss_bytes
-from transforms.images import ImageConfig, ImageError, decode_image
-from transforms.read import ReadConfig, read_images
-from transforms.records import EncodedImage, Shard, SourceFile
+from maskbeam.transforms.images import ImageConfig, ImageError, decode_image
+from maskbeam.transforms.readers.samples import ReadConfig
+from maskbeam.transforms.readers.shard import read_images
+from maskbeam.transforms.records import EncodedImage, Shard, SourceFile
 
 # A case takes milliseconds; these are for a machine that is busy with much else.
 SECONDS_A_CASE = 300.0
@@ -634,7 +635,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        from transforms.read import parse_example
+        from maskbeam.transforms.readers.tfrecord import parse_example
 
         parse_example(b"", ReadConfig())  # imports TensorFlow, before the first case is timed
         for outcome in run_cases(args.first, args.cases):

@@ -33,11 +33,12 @@ from PIL import Image
 
 from benchmarks.machine import describe_machine, print_machine, rss_bytes, set_environment
 from benchmarks.photos import SHIPPED_PHOTOS, chunk_of, find_photos
-from transforms.amg import MASKS_PER_POINT, AmgConfig, Sam
-from transforms.images import ImageConfig
-from transforms.records import LabeledImage
-from transforms.segment import ModelConfig, ModelHealth, label_chunk, load_model
-from transforms.threads import host_threads
+from maskbeam.transforms.generate_masks import ModelHealth, label_chunk
+from maskbeam.transforms.images import ImageConfig
+from maskbeam.transforms.load_model import ModelConfig, load_model
+from maskbeam.transforms.masks.amg import MASKS_PER_POINT, AmgConfig, Sam
+from maskbeam.transforms.records import LabeledImage
+from maskbeam.transforms.threads import host_threads
 
 PHOTO = SHIPPED_PHOTOS / "dandelions.jpg"
 CHUNK_SIZE = 32

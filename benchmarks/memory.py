@@ -38,11 +38,12 @@ from benchmarks.machine import (
     set_environment,
 )
 from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, chunk_of
-from transforms.amg import AmgConfig, Sam, Scored
-from transforms.images import ImageConfig
-from transforms.records import LabeledImage
-from transforms.segment import ModelConfig, ModelHealth, label_chunk, load_model
-from transforms.threads import host_threads
+from maskbeam.transforms.generate_masks import ModelHealth, label_chunk
+from maskbeam.transforms.images import ImageConfig
+from maskbeam.transforms.load_model import ModelConfig, load_model
+from maskbeam.transforms.masks.amg import AmgConfig, Sam, Scored
+from maskbeam.transforms.records import LabeledImage
+from maskbeam.transforms.threads import host_threads
 
 PHOTO = SHIPPED_PHOTOS / "dandelions.jpg"
 FULL_FRAME_EVERY = 8  # prompts

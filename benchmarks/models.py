@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from transforms.amg import MASKS_PER_POINT, AmgConfig, Sam, Scored, layer_point_grids
-from transforms.frame import resized_hw
+from maskbeam.transforms.masks.amg import MASKS_PER_POINT, AmgConfig, Sam, Scored, layer_point_grids
+from maskbeam.transforms.masks.frame import resized_hw
 
 # SAM's image encoders (segment_anything/build_sam.py, commit dca509f); what they share is in random_backbone.
 RANDOM_MODELS: dict[str, dict[str, Any]] = {

@@ -30,10 +30,10 @@ import torch
 from PIL import Image
 
 from benchmarks.reference import Sam, SamAutomaticMaskGenerator, build_torch_sam
-from transforms import rle
-from transforms.amg import AmgConfig, label_image
-from transforms.records import Mask
-from transforms.sam import load_backbone, load_sam
+from maskbeam.transforms.masks import rle
+from maskbeam.transforms.masks.amg import AmgConfig, label_image
+from maskbeam.transforms.models.sam.model import load_backbone, load_sam
+from maskbeam.transforms.records import Mask
 
 IDENTICAL_FRACTION = 0.97  # of all RLE strings
 LOGIT_ROUNDING = 1e-4  # of mask logits, between frameworks

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transforms.images import IMAGE_EXTENSIONS
-from transforms.records import Chunk, EncodedImage, Shard
+from maskbeam.transforms.images import IMAGE_EXTENSIONS
+from maskbeam.transforms.records import Chunk, EncodedImage, Shard
 
 REPOSITORY = Path(__file__).parent.parent
 SHIPPED_PHOTOS = REPOSITORY / "pipeline" / "photos"

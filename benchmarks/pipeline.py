@@ -50,7 +50,7 @@ def timed(*args, **kwargs):
     return chunk
 
 segment.label_chunk = timed
-from pipeline.cli import main
+from maskbeam.pipeline.cli import main
 code = main(sys.argv[2:])
 Path(sys.argv[1]).write_text(str(sum(spent)))
 sys.exit(code)

@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from transforms import boxes, rle
-from transforms.containment import find_contained
-from transforms.labels import read_chunks
-from transforms.recall import MAX_PROPOSALS, Figure, ImageRecall, bootstrap_means, image_recall
-from transforms.records import Mask
-from transforms.schema import row_to_mask
-from transforms.truth import TruthImage, parse_instances
+from maskbeam.transforms.evaluation.recall import MAX_PROPOSALS, Figure, ImageRecall, bootstrap_means, image_recall
+from maskbeam.transforms.evaluation.truth import TruthImage, parse_instances
+from maskbeam.transforms.labels.schema import row_to_mask
+from maskbeam.transforms.labels.tables import read_chunks
+from maskbeam.transforms.masks import boxes, rle
+from maskbeam.transforms.masks.containment import find_contained
+from maskbeam.transforms.records import Mask
 
 NMS_IOU = 0.7  # AmgConfig.box_nms_thresh
 CONTAINED = 0.9  # of a mask's pixels within another, from which on it counts as a part of it

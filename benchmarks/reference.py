@@ -424,7 +424,7 @@ def randomize(sam: Sam, seed: int) -> None:
 def count_dropped() -> Iterator[Counter[str]]:
     """Counts the candidates that each filter of the reference removes while the context is open.
 
-    Keys are named as in transforms.records.Dropped; a filter that removes nothing has no key.
+    Keys are named as in maskbeam.transforms.records.Dropped; a filter that removes nothing has no key.
     """
     dropped: Counter[str] = Counter()
     original = MaskData.filter

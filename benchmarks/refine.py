@@ -27,13 +27,21 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import describe_machine, print_machine, set_environment
-from pipeline.refine import parse_refine, run_refine
-from transforms import rle
-from transforms.amg import AmgConfig
-from transforms.crops import CropBox
-from transforms.records import Dropped, EncodedImage, LabeledChunk, LabeledImage, Shard, StoredCandidate
-from transforms.summary import write_json
-from transforms.write import RUN_FILE, commit_chunk
+from maskbeam.pipeline.commands.refine import parse_refine, run_refine
+from maskbeam.transforms.files.storage import write_json
+from maskbeam.transforms.labels.commit import commit_chunk
+from maskbeam.transforms.labels.layout import RUN_FILE
+from maskbeam.transforms.masks import rle
+from maskbeam.transforms.masks.amg import AmgConfig
+from maskbeam.transforms.records import (
+    CropBox,
+    Dropped,
+    EncodedImage,
+    LabeledChunk,
+    LabeledImage,
+    Shard,
+    StoredCandidate,
+)
 
 SIZE_HW = (480, 640)
 CANDIDATES, OBJECTS, CHUNK_SIZE = 1000, 60, 32

@@ -19,11 +19,11 @@ import numpy as np
 
 from benchmarks.models import RANDOM_MODELS, AnsweringSam, Answers, random_backbone
 from benchmarks.photos import chunk_of
-from transforms.amg import MASKS_PER_POINT, AmgConfig, Sam, label_image, layer_point_grids
-from transforms.frame import resized_hw
-from transforms.images import ImageConfig
-from transforms.records import Mask
-from transforms.threads import host_threads
+from maskbeam.transforms.images import ImageConfig
+from maskbeam.transforms.masks.amg import MASKS_PER_POINT, AmgConfig, Sam, label_image, layer_point_grids
+from maskbeam.transforms.masks.frame import resized_hw
+from maskbeam.transforms.records import Mask
+from maskbeam.transforms.threads import host_threads
 
 if TYPE_CHECKING:  # torch, for the reference alone
     from benchmarks.parity import Comparison, Decoded
@@ -36,8 +36,8 @@ def load_sides(
     model: str, dtype: str, config: AmgConfig, names: Sequence[str]
 ) -> tuple[Reference | None, Ours | None, HuggingFace | None]:
     """The sides that are named, on the same weights."""
-    from transforms.sam import Sam as KerasSam
-    from transforms.sam import load_backbone, load_sam
+    from maskbeam.transforms.models.sam.model import Sam as KerasSam
+    from maskbeam.transforms.models.sam.model import load_backbone, load_sam
 
     synthetic = model in RANDOM_MODELS
     backbone = random_backbone(model) if synthetic else None
@@ -140,7 +140,7 @@ class Ours:
 
     def run_in_flight(self, data: bytes, copies: int, answers: Answers | None) -> float:
         """Seconds an image when `copies` of one encoded photo go through the pipeline's model stage."""
-        from transforms.segment import ModelHealth, label_chunk  # imports Beam, which the rest here does without
+        from maskbeam.transforms.generate_masks import ModelHealth, label_chunk
 
         sam = self.sam if answers is None else AnsweringSam(self.sam, answers)
         start = time.perf_counter()

@@ -28,9 +28,9 @@ from transformers.utils.import_utils import BACKENDS_MAPPING
 from benchmarks.models import Answers
 from benchmarks.reference import STAND_INS, Sam, importable_torchvision
 from benchmarks.sides import Function, Run, answering, timed_stages
-from transforms import rle
-from transforms.amg import AmgConfig
-from transforms.records import Mask
+from maskbeam.transforms.masks import rle
+from maskbeam.transforms.masks.amg import AmgConfig
+from maskbeam.transforms.records import Mask
 
 NETWORK_ROUNDING = 1e-4  # between the two networks, as a share of the largest value (or of 1, if that is larger)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.cli import main
-from pipeline.options import label_parser
+from maskbeam.pipeline.cli import main
+from maskbeam.pipeline.options import label_parser
 
 
 def to_command(arguments: list[str]) -> list[str]:

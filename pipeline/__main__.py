@@ -1,8 +1,8 @@
-"""python -m pipeline: the same as the command maskbeam."""
+"""python -m pipeline, in a checkout: the same as the command maskbeam."""
 
 import sys
 
-from pipeline.cli import main
+from maskbeam.pipeline.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,19 +10,31 @@ import os
 import sys
 import warnings
 
-from pipeline.interruption import handle_signals, interruptible
+from maskbeam.pipeline.interruption import handle_signals, interruptible
 
 # Each is a module's main(argv); what it does is shown by --help.
 _COMMANDS = {
-    "label": ("pipeline.label", "label images with SAM, from shards to Parquet"),
-    "view": ("pipeline.view", "look at labels: an HTML report of photos with their masks, or plain pictures"),
-    "evaluate": ("pipeline.evaluate", "hold labels against a hand-made truth, or against other labels"),
-    "refine": ("pipeline.refine", "choose the masks anew from stored candidates, without the model"),
-    "export": ("pipeline.export", "write labels in the format of another tool: COCO, SA-1B, YOLO, pictures"),
-    "import": ("pipeline.import_coco", "make labels of COCO annotations or results"),
-    "plan": ("pipeline.plan", "tell what a run will take: files, bytes, hours and money, without labeling"),
-    "certify": ("pipeline.certify", "compare the masks of a lower precision with those of float32"),
-    "demo": ("pipeline.demo", "label a few photos with the embedded model and draw the masks"),
+    "label": ("maskbeam.pipeline.commands.label", "label images with SAM, from shards to Parquet"),
+    "view": (
+        "maskbeam.pipeline.commands.view",
+        "look at labels: an HTML report of photos with their masks, or plain pictures",
+    ),
+    "evaluate": (
+        "maskbeam.pipeline.commands.evaluate",
+        "hold labels against a hand-made truth, or against other labels",
+    ),
+    "refine": ("maskbeam.pipeline.commands.refine", "choose the masks anew from stored candidates, without the model"),
+    "export": (
+        "maskbeam.pipeline.commands.export",
+        "write labels in the format of another tool: COCO, SA-1B, YOLO, pictures",
+    ),
+    "import": ("maskbeam.pipeline.commands.import_coco", "make labels of COCO annotations or results"),
+    "plan": (
+        "maskbeam.pipeline.commands.plan",
+        "tell what a run will take: files, bytes, hours and money, without labeling",
+    ),
+    "certify": ("maskbeam.pipeline.commands.certify", "compare the masks of a lower precision with those of float32"),
+    "demo": ("maskbeam.pipeline.commands.demo", "label a few photos with the embedded model and draw the masks"),
 }
 
 
@@ -68,8 +80,8 @@ def _run(command: str, argv: list[str]) -> int:
         print(f"maskbeam: unknown command {command}: {meant}Commands: {', '.join(_COMMANDS)}", file=sys.stderr)
         return 2
     # Imported late, and only what is asked for: most bring Beam with them, and --help should not wait for it.
-    from pipeline.options import UsageError
-    from transforms.records import DamagedFile
+    from maskbeam.pipeline.exits import UsageError
+    from maskbeam.transforms.records import DamagedFile
 
     module = importlib.import_module(_COMMANDS[command][0])
     try:

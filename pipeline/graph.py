@@ -7,17 +7,19 @@ from typing import Any
 
 import apache_beam as beam
 
-from pipeline.dataflow import DataflowConfig
-from pipeline.progress import ProgressConfig
-from transforms.amg import AmgConfig
-from transforms.images import ImageConfig
-from transforms.manifest import ReadManifest
-from transforms.match import InputConfig
-from transforms.read import ReadConfig
-from transforms.resume import ReadChunks
-from transforms.segment import GenerateMasks, LoadSam, ModelConfig, load_model
-from transforms.summary import Summarize
-from transforms.write import OutputConfig, WriteParquet
+from maskbeam.pipeline.launch.dataflow import DataflowConfig
+from maskbeam.pipeline.progress import ProgressConfig
+from maskbeam.transforms.generate_masks import GenerateMasks
+from maskbeam.transforms.images import ImageConfig
+from maskbeam.transforms.labels.layout import OutputConfig
+from maskbeam.transforms.load_model import LoadSam, ModelConfig, load_model
+from maskbeam.transforms.masks.amg import AmgConfig
+from maskbeam.transforms.match_shards import InputConfig
+from maskbeam.transforms.read_chunks import ReadChunks
+from maskbeam.transforms.read_manifest import ReadManifest
+from maskbeam.transforms.readers.samples import ReadConfig
+from maskbeam.transforms.summarize import Summarize
+from maskbeam.transforms.write_parquet import WriteParquet
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def build(
     why the accelerator is given to the whole pool of workers and never to one step as a resource hint.
 
     Args:
-      run: content of run.json, from pipeline.settle.
+      run: content of run.json, from maskbeam.pipeline.launch.settle.
       load, progress_dir: see GenerateMasks.
     """
     output = job.output.output

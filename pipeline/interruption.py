@@ -159,7 +159,8 @@ def _end(number: int) -> None:
 
 def _say(line: str) -> None:
     """Prints the last line: what threads and libraries say while everything ends is no news to anybody."""
-    # Not to file descriptor 2: while a model loads, sys.stderr is elsewhere (transforms.segment.load_model).
+    # Not to file descriptor 2: while a model loads, sys.stderr is elsewhere
+    # (maskbeam.transforms.load_model.load_model).
     with contextlib.suppress(Exception):
         below_the_bar = "\n" if sys.stderr.isatty() else ""
         print(f"{below_the_bar}{line}", file=sys.stderr, flush=True)

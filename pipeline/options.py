@@ -21,9 +21,10 @@ from typing import Any, TypeVar
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
-from pipeline.dataflow import install_command, is_installed
-from pipeline.graph import Job
-from transforms.amg import PROFILES, AmgConfig
+from maskbeam.pipeline.exits import UsageError
+from maskbeam.pipeline.graph import Job
+from maskbeam.pipeline.launch.dataflow import install_command, is_installed
+from maskbeam.transforms.masks.amg import PROFILES, AmgConfig
 
 # Beam's "DirectRunner" first tries to download another runner's binary; this one is in the package and runs in process.
 _LOCAL_RUNNER = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
@@ -37,10 +38,6 @@ _NEVER_SUGGESTED = ("--overwrite",)
 _EXTRAS = {"s3": ("boto3", "aws"), "gs": ("google.cloud.storage", "gcp")}
 
 J = TypeVar("J")
-
-
-class UsageError(ValueError):
-    """The command line is wrong; the message says how to mend it."""
 
 
 class _Parser(argparse.ArgumentParser):

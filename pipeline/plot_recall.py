@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
-from transforms.recall import AREA_RANGES, CONFIDENCE, IOU_THRESHOLDS, MAX_PROPOSALS, Figure, Recall
+from maskbeam.transforms.evaluation.recall import AREA_RANGES, CONFIDENCE, IOU_THRESHOLDS, MAX_PROPOSALS, Figure, Recall
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73")  # of Okabe and Ito: told apart by colour-blind eyes, too
 _LINES = ("-", "--", ":")  # so that curves that coincide are seen

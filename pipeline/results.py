@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.options import UsageError
-from transforms.embedded import DEMO_MODEL, hub_presets
-from transforms.match import absolute
-from transforms.summary import replace_file, write_json
+from maskbeam.pipeline.exits import UsageError
+from maskbeam.transforms.files.paths import absolute
+from maskbeam.transforms.files.storage import replace_file, write_json
+from maskbeam.transforms.presets.embedded import DEMO_MODEL, hub_presets
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from transforms.recall import AREA_RANGES, MAX_PROPOSALS, Figure, Recall
+from maskbeam.transforms.evaluation.recall import AREA_RANGES, MAX_PROPOSALS, Figure, Recall
 
 
 def cocoeval_recall(truth: dict[str, Any], results: list[dict[str, Any]], kind: str) -> np.ndarray:

@@ -22,10 +22,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
-from pipeline.options import parse_label
-from pipeline.run import run_label
+from maskbeam.pipeline.launch.local import run_label
+from maskbeam.pipeline.options import parse_label
+from maskbeam.transforms.load_model import LoadSam
 from tests.fakes import load_fake
-from transforms.segment import LoadSam
 
 # No test depends on the clock: it waits for what must happen, and gives up only when something hangs.
 EVENT_SECONDS = 600.0

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from transforms.segment import ModelConfig
+from maskbeam.transforms.load_model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class FakeScored:
 
 
 class FakeSam:
-    """Implements transforms.amg.Sam on a 64-pixel frame. Deterministic, and different for different images."""
+    """Implements Sam of maskbeam.transforms.masks.amg on a 64-pixel frame. Other images, other masks."""
 
     frame_size = 64
     low_size = 16
@@ -46,7 +46,7 @@ class FakeSam:
 
 
 def load_fake(config: ModelConfig) -> Any:
-    """In place of transforms.segment.load_model."""
+    """In place of maskbeam.transforms.load_model.load_model."""
     return FakeSam()
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from transforms.agreement import MATCH_IOU, Agreement, compare_masks, mask_ious, match_masks
-from transforms.records import Mask
-from transforms.rle import bits_to_runs, runs_to_counts
+from maskbeam.transforms.evaluation.agreement import MATCH_IOU, Agreement, compare_masks, mask_ious, match_masks
+from maskbeam.transforms.masks.rle import bits_to_runs, runs_to_counts
+from maskbeam.transforms.records import Mask
 
 SIZE_HW = (5, 5)
 

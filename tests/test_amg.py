@@ -15,12 +15,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskbeam.transforms.masks import amg, rle
+from maskbeam.transforms.masks.amg import (
+    AmgConfig,
+    ImageMasks,
+    ModelOutputError,
+    call_now,
+    label_image,
+    layer_point_grids,
+)
+from maskbeam.transforms.masks.crops import generate_crop_boxes
+from maskbeam.transforms.masks.prompts import build_point_grid
+from maskbeam.transforms.records import Dropped, Mask
 from tests.fakes import FakeSam, FakeScored
-from transforms import amg, rle
-from transforms.amg import AmgConfig, ImageMasks, ModelOutputError, call_now, label_image, layer_point_grids
-from transforms.crops import generate_crop_boxes
-from transforms.prompts import build_point_grid
-from transforms.records import Dropped, Mask
 
 RADII, WHITE_IOUS = (8, 14, 24), (1.0, 0.94, 0.88)
 CENTRE = ((0.5, 0.5),)

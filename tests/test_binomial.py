@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scipy.stats import beta, binom
 
-from transforms.binomial import trials_needed, upper_bound
+from maskbeam.transforms.evaluation.binomial import trials_needed, upper_bound
 
 
 @pytest.mark.parametrize("trials", [1, 2, 59, 1000])

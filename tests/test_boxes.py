@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.boxes import greedy_nms, keep_off_crop_edge, nms
+from maskbeam.transforms.masks.boxes import greedy_nms, keep_off_crop_edge, nms
 
 Box = tuple[int, int, int, int]
 

@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from pipeline import cli
-from pipeline.certify import draw_images, parse_certify, run_certify
-from pipeline.options import UsageError
+from maskbeam.pipeline import cli
+from maskbeam.pipeline.commands.certify import draw_images, parse_certify, run_certify
+from maskbeam.pipeline.exits import UsageError
+from maskbeam.transforms.files.streams import open_file
+from maskbeam.transforms.load_model import LoadSam, ModelConfig
+from maskbeam.transforms.match_shards import InputConfig, match_shards
+from maskbeam.transforms.readers.samples import ReadConfig
+from maskbeam.transforms.records import SourceFile
 from tests.conftest import photo_bytes, write_photos
 from tests.fakes import FakeSam, FakeScored, load_fake
 from tests.test_golden import GOLDEN, read_case
 from tests.test_read import images_parquet, images_tar, tfrecord_bytes
-from transforms.match import InputConfig, match_shards
-from transforms.read import ReadConfig
-from transforms.records import SourceFile
-from transforms.segment import LoadSam, ModelConfig
-from transforms.source import open_file
 
 # Nothing is filtered or suppressed: each photo has the 3 masks of each of the 16 prompts. A predicted IoU of 0 drops.
 ALL_MASKS = ["--points_per_side", "4", "--pred_iou_thresh", "0.1", "--stability_score_thresh", "0"]
@@ -301,7 +301,7 @@ def test_only_drawn_files_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyP
         opened.append(Path(file.path).name)
         return open_file(file)
 
-    monkeypatch.setattr("transforms.read.open_file", open_counted)
+    monkeypatch.setattr("maskbeam.transforms.readers.shard.open_file", open_counted)
     assert drawn_ids(directory, count=3) == sorted(opened)
 
 

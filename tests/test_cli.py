@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 
-from pipeline import cli
+from maskbeam.pipeline import cli
 
 COMMANDS = list(cli._COMMANDS)
 

@@ -24,16 +24,18 @@ import pyarrow.parquet as pq
 import pytest
 from apache_beam.io.filesystems import FileSystems
 
-from pipeline.identity import claim_output
-from pipeline.options import UsageError
+from maskbeam.pipeline.exits import UsageError
+from maskbeam.pipeline.launch.identity import claim_output
+from maskbeam.transforms.files.storage import read_json, write_json
+from maskbeam.transforms.labels.commit import RunReplaced, commit_chunk
+from maskbeam.transforms.labels.layout import ChunkKey, chunk_name, committed_chunks, list_tables
+from maskbeam.transforms.labels.resume import finished_reports, read_report
+from maskbeam.transforms.labels.schema import RUN_KEY
+from maskbeam.transforms.records import LabeledChunk, Seconds, Totals
+from maskbeam.transforms.summarize import write_summary
 from tests.conftest import EVENT_SECONDS
 from tests.memory_store import STORE
 from tests.test_write import MASK, SHARD, chunk_of, failed, labeled
-from transforms.records import LabeledChunk, Seconds, Totals
-from transforms.resume import committed_chunks, finished_reports, list_tables, read_report
-from transforms.schema import RUN_KEY
-from transforms.summary import read_json, write_json, write_summary
-from transforms.write import ChunkKey, RunReplaced, chunk_name, commit_chunk
 
 OUTPUT = "mem://bucket/labels"
 RUN: dict[str, Any] = {"root": "/a", "model_fingerprint": "f", "amg": {}, "versions": {}}
@@ -46,7 +48,7 @@ View = tuple[list[str], list[float]]
 @pytest.fixture(autouse=True)
 def empty_store(monkeypatch: pytest.MonkeyPatch) -> None:
     STORE.reset()
-    monkeypatch.setattr("transforms.write.RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr("maskbeam.transforms.write_parquet.RETRY_SECONDS", (0, 0))
 
 
 def view(index: int = 0) -> View | None:

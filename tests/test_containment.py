@@ -11,8 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco_mask
 
-from transforms.containment import ContainmentConfig, Rule, apply_containment, find_contained, with_parents
-from transforms.records import Dropped, Mask
+from maskbeam.transforms.masks.containment import (
+    ContainmentConfig,
+    Rule,
+    apply_containment,
+    find_contained,
+    with_parents,
+)
+from maskbeam.transforms.records import Dropped, Mask
 
 Box = tuple[int, int, int, int]
 

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.crops import CropBox, generate_crop_boxes
-from transforms.prompts import build_layer_point_grids
+from maskbeam.transforms.masks.crops import generate_crop_boxes
+from maskbeam.transforms.masks.prompts import build_layer_point_grids
+from maskbeam.transforms.records import CropBox
 
 OVERLAP_RATIO = 512 / 1500
 

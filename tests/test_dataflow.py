@@ -33,15 +33,16 @@ from apache_beam.runners.portability.fn_api_runner import translations
 from google.cloud import dataflow
 from google.protobuf import json_format, struct_pb2
 
-from pipeline.cli import main
-from pipeline.dataflow import default_image, prepare_dataflow
-from pipeline.interruption import describe_interruption
-from pipeline.options import parse_label
+from maskbeam.pipeline.cli import main
+from maskbeam.pipeline.interruption import describe_interruption
+from maskbeam.pipeline.launch.dataflow import default_image, prepare_dataflow
+from maskbeam.pipeline.options import parse_label
+from maskbeam.transforms import generate_masks as segment
+from maskbeam.transforms.files.storage import write_json
+from maskbeam.transforms.labels.layout import SUMMARY_FILE
+from maskbeam.transforms.presets.embedded import resolve_preset
+from maskbeam.transforms.records import Totals
 from tests.conftest import photo_bytes
-from transforms import segment
-from transforms.embedded import resolve_preset
-from transforms.records import Totals
-from transforms.summary import SUMMARY_FILE, write_json
 
 ROOT = Path(__file__).parents[1]
 BUCKET = "gs://bucket"

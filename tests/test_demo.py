@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import cli, demo
+from maskbeam.pipeline import cli
+from maskbeam.pipeline.commands import demo
 
 NAMES = ["cat.jpg", "coffee.jpg"]
 

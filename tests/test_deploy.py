@@ -20,10 +20,10 @@ from google.protobuf import json_format
 from packaging.requirements import Requirement
 
 from deploy.launcher import to_command
-from pipeline import dataflow as job_defaults
-from pipeline.dataflow import default_image, is_dataflow, makes_template, prepare_dataflow
-from pipeline.graph import Job
-from pipeline.options import label_parser, parse_label
+from maskbeam.pipeline.graph import Job
+from maskbeam.pipeline.launch import dataflow as job_defaults
+from maskbeam.pipeline.launch.dataflow import default_image, is_dataflow, makes_template, prepare_dataflow
+from maskbeam.pipeline.options import label_parser, parse_label
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

@@ -1,7 +1,7 @@
 """Damaged labels: each command that reads them ends with one sentence that names file and row, and with exit code 1.
 
-All reading goes through transforms/labels.py, which checks all values (transforms/check_tables.py). So each kind of
-damage is tried there, and some kinds with each of the commands.
+All reading goes through transforms/labels/tables.py, which checks all values (transforms/labels/check_tables.py). So
+each kind of damage is tried there, and some kinds with each of the commands.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import cli
+from maskbeam.pipeline import cli
+from maskbeam.transforms.labels.layout import ChunkKey
+from maskbeam.transforms.labels.refine import COLUMNS
+from maskbeam.transforms.labels.tables import list_chunks, read_candidates, read_chunk, read_chunks, read_run
+from maskbeam.transforms.masks.amg import AmgConfig
+from maskbeam.transforms.records import DamagedFile
 from tests.conftest import label, photo_bytes, write_photos
 from tests.test_import import instances, run_import
-from transforms.amg import AmgConfig
-from transforms.labels import list_chunks, read_candidates, read_chunk, read_chunks, read_run
-from transforms.records import DamagedFile
-from transforms.refine import COLUMNS
-from transforms.write import ChunkKey
 
 ROOT = Path(__file__).parents[1]
 CHUNK = "@root-00000.parquet"

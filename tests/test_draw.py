@@ -5,9 +5,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from transforms.draw import contact_sheet, draw_masks, mask_color
-from transforms.records import Mask
-from transforms.rle import bits_to_runs, runs_to_counts
+from maskbeam.transforms.draw import contact_sheet, draw_masks, mask_color
+from maskbeam.transforms.masks.rle import bits_to_runs, runs_to_counts
+from maskbeam.transforms.records import Mask
 
 OPACITY = 0.45
 

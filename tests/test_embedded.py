@@ -12,17 +12,24 @@ from typing import Any
 
 import pytest
 
-from pipeline import certify
-from pipeline import label as label_command
-from pipeline.certify import LowPrecisionModel
-from pipeline.cli import main
-from pipeline.options import UsageError, parse_label
-from pipeline.run import run_label
+from maskbeam.pipeline.cli import main
+from maskbeam.pipeline.commands import certify
+from maskbeam.pipeline.commands import label as label_command
+from maskbeam.pipeline.commands.certify import LowPrecisionModel
+from maskbeam.pipeline.exits import UsageError
+from maskbeam.pipeline.launch.local import run_label
+from maskbeam.pipeline.options import parse_label
+from maskbeam.transforms.load_model import ModelConfig
+from maskbeam.transforms.models.check_preset import check_preset
+from maskbeam.transforms.presets.embedded import (
+    DEMO_MODEL,
+    PresetError,
+    check_model_name,
+    embedded_presets,
+    hub_presets,
+)
 from tests.conftest import label, write_photos
 from tests.fakes import load_fake
-from transforms.check_preset import check_preset
-from transforms.embedded import DEMO_MODEL, PresetError, check_model_name, embedded_presets, hub_presets
-from transforms.segment import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,7 +132,7 @@ def test_a_wrong_model_is_named_even_if_the_input_is_not_there(tmp_path: Path) -
 def test_a_wrong_model_ends_the_program_without_importing_keras(tmp_path: Path) -> None:
     program = """
 import sys
-from pipeline.cli import main
+from maskbeam.pipeline.cli import main
 code = main(sys.argv[1:])
 print(sorted({"keras", "keras_hub", "tensorflow", "jax"} & set(sys.modules)), code)
 """

@@ -16,14 +16,15 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from pipeline import cli, demo
-from pipeline.against import ImageName, join_images
-from pipeline.evaluate import RANKINGS, ranked_order
+from maskbeam.pipeline import cli
+from maskbeam.pipeline.commands import demo
+from maskbeam.pipeline.commands.evaluate import RANKINGS, ranked_order
+from maskbeam.pipeline.commands.evaluate_against import ImageName, join_images
+from maskbeam.transforms.evaluation.recall import AREA_RANGES, MAX_PROPOSALS
+from maskbeam.transforms.labels.layout import ChunkKey
 from tests.cocoeval import cocoeval_recall
 from tests.conftest import Labels, label, photo_bytes, read_labels, write_photos
 from tests.test_read import tar_bytes
-from transforms.recall import AREA_RANGES, MAX_PROPOSALS
-from transforms.write import ChunkKey
 
 SIZE = [48, 64]  # of the photos
 

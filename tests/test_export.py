@@ -24,8 +24,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pipeline import cli
-from pipeline import export as export_module
+from maskbeam.pipeline import cli
+from maskbeam.pipeline.commands import export as export_module
 from tests.conftest import Labels, label, photo_bytes, read_labels, write_photos
 from tests.test_import import DISC, rle_of, run_import
 from tests.test_read import tar_bytes

@@ -10,8 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from transforms.formats import Overlap, YoloLoss, file_names, label_picture, yolo_text
-from transforms.polygons import PolygonLoss
+from maskbeam.transforms.formats.file_names import file_names
+from maskbeam.transforms.formats.label_picture import Overlap, label_picture
+from maskbeam.transforms.formats.polygons import PolygonLoss
+from maskbeam.transforms.formats.yolo import YoloLoss, yolo_text
 
 texts = st.text(st.sampled_from("a./\\%~\0\n\x7fé .jpg"), max_size=12)
 

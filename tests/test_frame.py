@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms import frame
-from transforms.frame import Upsampling, resized_hw, to_frame, to_frame_points
-from transforms.masks import mask_to_runs, measure_mask
+from maskbeam.transforms.masks import frame
+from maskbeam.transforms.masks.candidates import mask_to_runs, measure_mask
+from maskbeam.transforms.masks.frame import Upsampling, resized_hw, to_frame, to_frame_points
 
 LOW, FRAME = 16, 64  # a small model
 SIZES_HW = [(1, 1), (1, 500), (500, 1), (2, 3), (40, 25), (64, 64), (48, 64), (63, 65), (300, 70), (70, 300)]

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import fuzz
 from benchmarks.fuzz import IMAGES, KINDS, Case, Kind, judge, make_case, run_case, watch_cases
+from maskbeam.transforms.records import EncodedImage, Failure
 from tests.conftest import EVENT_SECONDS
-from transforms.records import EncodedImage, Failure
 
 CASES = 12 * len(KINDS)
 

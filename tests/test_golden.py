@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskbeam.transforms.labels.refine import refine_chunk
+from maskbeam.transforms.labels.schema import chunk_to_candidates, chunk_to_tables
+from maskbeam.transforms.masks.amg import AmgConfig, Sam, label_image
+from maskbeam.transforms.masks.containment import ContainmentConfig
+from maskbeam.transforms.masks.rle import counts_to_mask
+from maskbeam.transforms.models.sam.model import load_sam
+from maskbeam.transforms.records import ChunkReport, EncodedImage, LabeledChunk, LabeledImage, Mask, Shard
 from tests.fakes import StoredSam
-from transforms.amg import AmgConfig, Sam, label_image
-from transforms.containment import ContainmentConfig
-from transforms.records import ChunkReport, EncodedImage, LabeledChunk, LabeledImage, Mask, Shard
-from transforms.refine import refine_chunk
-from transforms.rle import counts_to_mask
-from transforms.sam import load_sam
-from transforms.schema import chunk_to_candidates, chunk_to_tables
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))

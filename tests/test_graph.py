@@ -10,16 +10,17 @@ import apache_beam as beam
 import numpy as np
 import pytest
 
-from pipeline.graph import build
-from pipeline.identity import describe_run
-from pipeline.options import parse_label
+from maskbeam.pipeline.graph import build
+from maskbeam.pipeline.launch.identity import describe_run
+from maskbeam.pipeline.options import parse_label
+from maskbeam.transforms import read_chunks as reading
+from maskbeam.transforms import write_parquet as writing
+from maskbeam.transforms.load_model import ModelConfig
+from maskbeam.transforms.match_shards import match_shards
+from maskbeam.transforms.records import Chunk, ChunkReport, LabeledChunk
 from tests.conftest import SMALL_GRID, label, photo_bytes
 from tests.fakes import FakeSam, load_fake
 from tests.test_read import images_tar
-from transforms import resume, write
-from transforms.match import match_shards
-from transforms.records import Chunk, ChunkReport, LabeledChunk
-from transforms.segment import ModelConfig
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def load_events(config: ModelConfig) -> EventSam:
 def test_a_chunk_is_committed_before_the_next_is_read(
     shards: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_chunks, commit_chunk = resume.read_chunks, write.commit_chunk
+    read_chunks, commit_chunk = reading.read_chunks, writing.commit_chunk
 
     def read(*arguments: Any) -> Iterator[Chunk]:
         for chunk in read_chunks(*arguments):
@@ -92,7 +93,7 @@ def test_a_chunk_is_committed_before_the_next_is_read(
         return commit_chunk(chunk, *arguments)
 
     EVENTS.clear()
-    monkeypatch.setattr(resume, "read_chunks", read)
-    monkeypatch.setattr(write, "commit_chunk", commit)
+    monkeypatch.setattr(reading, "read_chunks", read)
+    monkeypatch.setattr(writing, "commit_chunk", commit)
     assert label("--input", shards, "--output", output, "--chunk_size", "1", load=load_events) == 0
     assert EVENTS == ["read", "label", "commit"] * 6

@@ -26,7 +26,14 @@ import pytest
 import zstandard
 from PIL import Image
 
-from pipeline.options import UsageError
+from maskbeam.pipeline.exits import UsageError
+from maskbeam.transforms import images as images_module
+from maskbeam.transforms.files import streams as source
+from maskbeam.transforms.files.parquet_footer import schema_depth
+from maskbeam.transforms.images import ImageConfig, ImageError, decode_image
+from maskbeam.transforms.load_model import load_model
+from maskbeam.transforms.models.check_preset import check_preset
+from maskbeam.transforms.presets.embedded import PresetError
 from tests.conftest import label, photo_bytes, read_labels, write_photos
 from tests.test_label import contents
 from tests.test_read import (
@@ -40,13 +47,6 @@ from tests.test_read import (
     reason,
     tar_bytes,
 )
-from transforms import images as images_module
-from transforms import source
-from transforms.check_preset import check_preset
-from transforms.embedded import PresetError
-from transforms.images import ImageConfig, ImageError, decode_image
-from transforms.parquet_footer import schema_depth
-from transforms.segment import load_model
 
 ROOT = Path(__file__).parents[1]
 MB = 2**20
@@ -404,7 +404,7 @@ keras.config.enable_unsafe_deserialization()
 marker = Path({str(tmp_path / "ran")!r})
 preset = test_hostile.hostile_preset(
     Path({str(tmp_path / "preset")!r}), test_hostile.lambda_layer(marker), "task.json", "mask_decoder")
-from transforms.sam import load_sam
+from maskbeam.transforms.models.sam.model import load_sam
 try:
     load_sam(str(preset))
 except ValueError as error:

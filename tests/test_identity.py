@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.identity import claim_output, describe_run, model_fingerprint, refuse_input_in_output
-from pipeline.options import UsageError, parse_label
+from maskbeam.pipeline.exits import UsageError
+from maskbeam.pipeline.launch.identity import claim_output, describe_run, model_fingerprint, refuse_input_in_output
+from maskbeam.pipeline.options import parse_label
+from maskbeam.transforms.presets.embedded import resolve_preset
+from maskbeam.transforms.records import Shard
 from tests.conftest import label
 from tests.memory_store import STORE
-from transforms.embedded import resolve_preset
-from transforms.records import Shard
 
 
 def describe(*flags: str, root: str = "/data") -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from transforms.images import DecodedImage, ImageConfig, ImageError, decode_image, has_image_extension
+from maskbeam.transforms.images import DecodedImage, ImageConfig, ImageError, decode_image, has_image_extension
 
 HEIGHT, WIDTH = 5, 7
 RGB = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from pipeline import cli, import_coco
+from maskbeam.pipeline import cli
+from maskbeam.pipeline.commands import import_coco
+from maskbeam.transforms.labels.schema import ANNOTATIONS, IMAGES, report_from_metadata, row_to_mask
+from maskbeam.transforms.labels.tables import read_chunks, read_run
 from tests.conftest import label, photo_bytes, read_labels, write_photos
 from tests.test_read import images_tar
-from transforms.labels import read_chunks, read_run
-from transforms.schema import ANNOTATIONS, IMAGES, report_from_metadata, row_to_mask
 
 
 def rle_of(bits: np.ndarray) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli
-from pipeline.interruption import describe_interruption, when_interrupted
+from maskbeam.pipeline import cli
+from maskbeam.pipeline.interruption import describe_interruption, when_interrupted
 from tests.conftest import EVENT_SECONDS, label, wait_until, write_photos
 
 pytestmark = [
@@ -199,7 +199,7 @@ PROGRAM = """
 import hashlib, threading, time
 from pathlib import Path
 from pipeline import cli
-from pipeline.interruption import handle_signals, interruptible, when_interrupted
+from maskbeam.pipeline.interruption import handle_signals, interruptible, when_interrupted
 
 handle_signals()
 left = Path("left")
@@ -269,7 +269,7 @@ def test_a_signal_after_the_work_changes_nothing(tmp_path: Path) -> None:
     # What a module holds is deleted after Python has put back what a signal does by default.
     program = """
 import os, signal
-from pipeline.interruption import handle_signals
+from maskbeam.pipeline.interruption import handle_signals
 
 class Last:
     def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):

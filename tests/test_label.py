@@ -27,19 +27,19 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-import pipeline.label
-from pipeline import cli
-from pipeline.demo import PHOTOS
-from pipeline.graph import build
-from pipeline.identity import claim_output, default_backend, describe_run
-from pipeline.options import parse_label
-from pipeline.run import run_label
-from pipeline.settle import settle
+from maskbeam.pipeline import cli
+from maskbeam.pipeline.commands import label as label_command
+from maskbeam.pipeline.commands.demo import PHOTOS
+from maskbeam.pipeline.graph import build
+from maskbeam.pipeline.launch.identity import claim_output, default_backend, describe_run
+from maskbeam.pipeline.launch.local import run_label
+from maskbeam.pipeline.launch.settle import settle
+from maskbeam.pipeline.options import parse_label
+from maskbeam.transforms.load_model import ModelConfig, load_model
+from maskbeam.transforms.match_shards import match_shards
 from tests.conftest import EVENT_SECONDS, SMALL_GRID, Labels, label, photo_bytes, read_labels, wait_until, write_photos
 from tests.fakes import FakeSam, load_fake
 from tests.test_read import images_parquet, images_tar, parquet_bytes, tar_bytes, tfrecord_bytes
-from transforms.match import match_shards
-from transforms.segment import ModelConfig, load_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -351,7 +351,7 @@ def waiting_main() -> int:
     """The command with a fake model that waits for a signal after the first chunk, for a process of its own."""
     output = Path(sys.argv[sys.argv.index("--output") + 1])
     load = partial(load_waiting, output)
-    pipeline.label.run_label = partial(run_label, load=load)
+    label_command.run_label = partial(run_label, load=load)
     # As from a terminal: a shell that runs the tests in the background has its children ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return cli.main()
@@ -464,7 +464,7 @@ def killed_main() -> int:
     """The command, killed with kill -9 while it labels what follows the first chunk."""
     output = Path(sys.argv[sys.argv.index("--output") + 1])
     die = partial(os.kill, os.getpid(), signal.SIGKILL)
-    pipeline.label.run_label = partial(
+    label_command.run_label = partial(
         run_label, load=lambda config: stop_after_a_chunk(load_model(config), output, die)
     )
     return cli.main()

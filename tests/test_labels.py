@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from maskbeam.transforms.labels.layout import ChunkKey
+from maskbeam.transforms.labels.manifest import newest
+from maskbeam.transforms.labels.tables import list_chunks, read_chunks, read_run
+from maskbeam.transforms.records import DamagedFile
 from tests.conftest import label, read_labels
-from transforms.labels import list_chunks, read_chunks, read_run
-from transforms.manifest import newest
-from transforms.records import DamagedFile
-from transforms.write import ChunkKey
 
 
 @pytest.fixture

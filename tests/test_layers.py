@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,16 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("pipeline", "transforms")
+AROUND = ("tests", "benchmarks", "training", "deploy")
 
-# Beam stages, and files on Beam's file systems. Every other module works on plain arrays, with or without Beam.
-VERBS = {
-    f"transforms/{name}.py"
-    for name in (
-        *("match", "read", "resume", "segment", "write", "summary", "source", "labels", "cache", "gs", "s3", "photos"),
-        *("manifest", "reconcile", "rewrite"),
-    )
-}
-MODEL = {f"transforms/{path.name}" for path in (ROOT / "transforms").glob("sam*.py")}
+# Folders of transforms/ that work wherever NumPy is, and the one that needs Keras.
+NO_BEAM = ("masks", "models", "formats", "evaluation")
+KERAS = "transforms/models/"
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Import:
     @property
     def imported_file(self) -> str:
         """Of a module of ours."""
-        path = self.module.replace(".", "/")
+        path = self.module.removeprefix("maskbeam.").replace(".", "/")
         return f"{path}/{self.name}.py" if (ROOT / path / f"{self.name}.py").exists() else f"{path}.py"
 
 
@@ -71,16 +68,18 @@ def test_imports_are_found_wherever_they_are() -> None:
     }
 
 
-def test_the_files_named_here_exist() -> None:
-    assert set(our_files(*PRODUCT)) >= VERBS | {"transforms/sam.py", "transforms/rle.py", "pipeline/options.py"}
+def test_what_is_named_here_exists() -> None:
+    folders = {path.parent.name for path in (ROOT / "transforms").glob("*/__init__.py")}
+    assert folders >= set(NO_BEAM)
+    assert set(our_files(*PRODUCT)) >= {"transforms/masks/rle.py", "pipeline/options.py", f"{KERAS}check_preset.py"}
 
 
-@pytest.mark.parametrize("package", ["pipeline", "tests", "benchmarks"])
+@pytest.mark.parametrize("package", ["maskbeam.pipeline", "tests", "benchmarks", "training"])
 def test_transforms_stand_alone(package: str) -> None:
-    assert not [found for found in imports_in("transforms") if found.package == package]
+    assert not [found for found in imports_in("transforms") if f"{found.module}.".startswith(f"{package}.")]
 
 
-@pytest.mark.parametrize("package", ["tests", "benchmarks"])
+@pytest.mark.parametrize("package", ["tests", "benchmarks", "training"])
 def test_the_application_needs_no_tests(package: str) -> None:
     assert not [found for found in imports_in("pipeline") if found.package == package]
 
@@ -88,18 +87,16 @@ def test_the_application_needs_no_tests(package: str) -> None:
 @pytest.mark.parametrize(
     ("packages", "allowed"),
     [
-        ({"keras"}, MODEL),
-        ({"keras_hub"}, MODEL | {"transforms/check_preset.py"}),  # to fetch presets that KerasHub knows by name
-        ({"pycocotools"}, {"transforms/rle.py"}),
-        ({"apache_beam"}, VERBS | set(our_files("pipeline"))),
+        ({"keras", "keras_hub"}, {file for file in our_files(*PRODUCT) if file.startswith(KERAS)}),
+        ({"pycocotools"}, {"transforms/masks/rle.py"}),
         (
             {"pyarrow.parquet"},
-            {"transforms/parquet_file.py", "transforms/write.py"},
+            {f"transforms/{name}.py" for name in ("files/parquet_file", "labels/commit", "labels/clear")},
         ),
-        ({"argparse"}, {"pipeline/options.py", "pipeline/demo.py"}),
+        ({"argparse"}, {"pipeline/options.py", "pipeline/commands/demo.py"}),
         ({"torch", "torchvision", "segment_anything", "cv2", "scipy", "pandas"}, set()),  # of tests and benchmarks
     ],
-    ids=["keras", "keras_hub", "pycocotools", "apache_beam", "parquet", "argparse", "reference"],
+    ids=["keras", "pycocotools", "parquet", "argparse", "reference"],
 )
 def test_package_is_imported_only_in(packages: set[str], allowed: set[str]) -> None:
     imports = imports_in(*PRODUCT)
@@ -108,15 +105,21 @@ def test_package_is_imported_only_in(packages: set[str], allowed: set[str]) -> N
 
 def test_launching_a_job_loads_no_keras() -> None:
     """Only a function imports it, for models that have to be downloaded."""
-    tree = ast.parse((ROOT / "transforms/check_preset.py").read_text("utf-8"))
+    tree = ast.parse((ROOT / KERAS / "check_preset.py").read_text("utf-8"))
     at_the_top = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert not [line for line in at_the_top if "keras" in line]
 
 
-def test_nouns_import_no_verbs() -> None:
-    """A noun that did would import Beam after all."""
-    nouns = set(our_files("transforms")) - VERBS
-    assert not [found for found in imports_in("transforms") if found.file in nouns and found.imported_file in VERBS]
+@pytest.mark.parametrize("folder", NO_BEAM)
+def test_folder_needs_no_beam(folder: str) -> None:
+    """Nor does anything that it imports."""
+    imports: dict[str, list[Import]] = {}
+    for found in imports_in("transforms"):
+        imports.setdefault(found.file, []).append(found)
+    reached = list(our_files(f"transforms/{folder}"))
+    for file in reached:
+        reached += {found.imported_file for found in imports.get(file, [])} - set(reached)
+    assert not [file for file in reached if any(found.package == "apache_beam" for found in imports.get(file, []))]
 
 
 def test_transforms_know_no_flags() -> None:
@@ -128,9 +131,23 @@ def test_transforms_know_no_flags() -> None:
 
 
 def test_imports_are_absolute() -> None:
-    assert not [found for found in imports_in(*PRODUCT, "tests", "benchmarks") if found.level]
+    assert not [
+        found for found in imports_in(*PRODUCT, "maskbeam", "tests", "benchmarks", "training", "deploy") if found.level
+    ]
 
 
 def test_every_module_is_about_something() -> None:
-    names = {Path(file).stem for file in our_files(*PRODUCT, "tests", "benchmarks")}
+    names = {Path(file).stem for file in our_files(*PRODUCT, "tests", "benchmarks", "training")}
     assert not names & {"utils", "util", "helpers", "helper", "common", "misc", "base"}
+
+
+def test_the_import_name_is_maskbeam() -> None:
+    """Never the names of the folders, which a user's own project may have: a module would be loaded twice, too."""
+    assert not [found for found in imports_in(*PRODUCT, *AROUND) if found.package in PRODUCT]
+    script = (
+        "import sys, maskbeam.pipeline.commands.label; print(sorted({'pipeline', 'transforms'} & set(sys.modules)))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed == "[]\n"

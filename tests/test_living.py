@@ -22,16 +22,16 @@ from apache_beam.io.filesystems import FileSystems
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.identity import claim_output, describe_run
-from pipeline.options import parse_label
-from pipeline.settle import settle
+from maskbeam.pipeline.launch.identity import claim_output, describe_run
+from maskbeam.pipeline.launch.settle import settle
+from maskbeam.pipeline.options import parse_label
+from maskbeam.transforms.labels.commit import RunReplaced
+from maskbeam.transforms.labels.tables import list_chunks, read_chunk
+from maskbeam.transforms.load_model import ModelConfig
+from maskbeam.transforms.match_shards import match_shards
 from tests.conftest import SMALL_GRID, label, photo_bytes, read_labels, write_photos
 from tests.fakes import FakeSam
 from tests.test_read import images_parquet, images_tar, tfrecord_bytes
-from transforms.labels import list_chunks, read_chunk
-from transforms.match import match_shards
-from transforms.segment import ModelConfig
-from transforms.write import RunReplaced
 
 LABELED: list[int] = []
 
@@ -141,7 +141,7 @@ def test_bytes_are_read_only_where_size_or_time_differ(
     start(data, output)
     os.utime(data / "3.png", (1, 1))
     opened: list[str] = []
-    monkeypatch.setattr("transforms.reconcile.read_loose", noting(opened))
+    monkeypatch.setattr("maskbeam.transforms.labels.reconcile.read_loose", noting(opened))
     settle_only(data, output)
     assert opened == ["3.png"]
     settle_only(data, output)  # its time is known now
@@ -149,7 +149,7 @@ def test_bytes_are_read_only_where_size_or_time_differ(
 
 
 def noting(opened: list[str]) -> Callable[[Any], Any]:
-    from transforms.read import read_loose
+    from maskbeam.transforms.readers.shard import read_loose
 
     def read(file: Any) -> Any:
         opened.append(Path(file.path).name)
@@ -473,7 +473,7 @@ def test_a_start_that_saw_other_files_stops_and_no_photo_is_in_two_chunks(
     second = json.loads((output / "run.json").read_text())
     assert first["manifest"] != second["manifest"]
     with pytest.raises(RunReplaced, match="another start goes on with"):
-        from transforms.write import check_run
+        from maskbeam.transforms.labels.commit import check_run
 
         check_run(str(output), first)
     assert read_labels(output) == fresh(data, tmp_path)

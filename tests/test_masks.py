@@ -7,11 +7,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from maskbeam.transforms.masks import frame
+from maskbeam.transforms.masks.candidates import mask_to_runs, measure_mask
+from maskbeam.transforms.masks.frame import Upsampling
+from maskbeam.transforms.masks.rle import counts_to_mask, runs_to_counts
 from tests.test_frame import FRAME, LOW, sizes_hw, slow_upsample, spikes, spiky_logits
-from transforms import frame
-from transforms.frame import Upsampling
-from transforms.masks import mask_to_runs, measure_mask
-from transforms.rle import counts_to_mask, runs_to_counts
 
 Spikes = list[tuple[int, int, float]]
 THRESHOLD, OFFSET = 0.5, 1.0

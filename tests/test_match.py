@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskbeam.transforms import match_shards as match
+from maskbeam.transforms.labels.layout import shard_name
+from maskbeam.transforms.match_shards import InputConfig, Matched, check_output, match_shards
+from maskbeam.transforms.readers import shard as read
+from maskbeam.transforms.readers.samples import ReadConfig
+from maskbeam.transforms.records import SourceFile
 from tests.memory_store import STORE
-from transforms import match, read
-from transforms.match import InputConfig, Matched, check_output, match_shards, shard_name
-from transforms.read import ReadConfig
-from transforms.records import SourceFile
 
 
 @pytest.fixture

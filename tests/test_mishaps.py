@@ -14,19 +14,19 @@ import pytest
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.io.localfilesystem import LocalFileSystem
 
-from pipeline import cli
-from pipeline.options import UsageError
+from maskbeam.pipeline import cli
+from maskbeam.pipeline.exits import UsageError
+from maskbeam.transforms.labels.layout import committed_chunks
+from maskbeam.transforms.load_model import ModelConfig
 from tests.conftest import label, photo_bytes, read_labels, write_photos
 from tests.fakes import FakeSam
 from tests.test_read import images_tar
-from transforms.resume import committed_chunks
-from transforms.segment import ModelConfig
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transforms.write.RETRY_SECONDS", (0, 0))
-    monkeypatch.setattr("transforms.source.RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr("maskbeam.transforms.write_parquet.RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr("maskbeam.transforms.files.streams.RETRY_SECONDS", (0, 0))
 
 
 def start(data: Path, output: Path, *flags: str, **options: Any) -> int:
@@ -209,7 +209,7 @@ def test_an_error_that_passes_is_no_error(
     photos: Path, output: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = fail_creating(monkeypatch, OSError(errno.EIO, ""), "-images-", 1)
-    monkeypatch.setattr("transforms.write.time.sleep", lambda seconds: broken.clear())
+    monkeypatch.setattr("maskbeam.transforms.write_parquet.time.sleep", lambda seconds: broken.clear())
     assert start(photos, output) == 0
     assert not broken and read_labels(output) == undisturbed
 

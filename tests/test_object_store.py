@@ -20,23 +20,28 @@ import pytest
 from apache_beam.io.filesystems import FileSystems
 from moto.server import ThreadedMotoServer
 
-from pipeline.identity import model_fingerprint
-from pipeline.options import UsageError, parse_label
+from maskbeam.pipeline.exits import UsageError
+from maskbeam.pipeline.launch.identity import model_fingerprint
+from maskbeam.pipeline.options import parse_label
+from maskbeam.transforms.files.paths import absolute, list_files
+from maskbeam.transforms.files.s3 import _s3_client
+from maskbeam.transforms.files.storage import list_tree, read_json
+from maskbeam.transforms.labels.clear import delete_temporary
+from maskbeam.transforms.labels.commit import commit_chunk
+from maskbeam.transforms.labels.layout import chunk_name, committed_chunks
+from maskbeam.transforms.labels.resume import read_report
+from maskbeam.transforms.load_model import ModelConfig, load_model
+from maskbeam.transforms.match_shards import InputConfig, match_shards
+from maskbeam.transforms.presets import remote as cache
+from maskbeam.transforms.presets.embedded import resolve_preset
+from maskbeam.transforms.presets.remote import local_preset
+from maskbeam.transforms.readers.samples import ReadConfig
+from maskbeam.transforms.readers.shard import read_images
 from tests.conftest import Labels, label, photo_bytes, read_labels, write_photos
 from tests.fakes import FakeSam
 from tests.memory_store import STORE
 from tests.test_read import images_parquet, images_tar, tfrecord_bytes
 from tests.test_write import RUN, chunk_of, labeled
-from transforms import cache
-from transforms.cache import local_preset
-from transforms.embedded import resolve_preset
-from transforms.match import InputConfig, absolute, list_files, match_shards
-from transforms.read import ReadConfig, read_images
-from transforms.resume import committed_chunks, read_report
-from transforms.s3 import _s3_client
-from transforms.segment import ModelConfig, load_model
-from transforms.summary import read_json
-from transforms.write import chunk_name, commit_chunk, delete_temporary, list_tree
 
 pytestmark = pytest.mark.processes
 

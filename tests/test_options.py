@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 from apache_beam.options.pipeline_options import DirectOptions, GoogleCloudOptions, PipelineOptions, StandardOptions
 
-from pipeline.dataflow import DataflowConfig
-from pipeline.graph import Job
-from pipeline.options import UsageError, label_parser, parse_label, runs_locally
-from pipeline.progress import ProgressConfig
-from transforms.amg import PROFILES, AmgConfig
-from transforms.images import ImageConfig
-from transforms.match import InputConfig
-from transforms.read import ReadConfig
-from transforms.segment import ModelConfig
-from transforms.write import OutputConfig
+from maskbeam.pipeline.exits import UsageError
+from maskbeam.pipeline.graph import Job
+from maskbeam.pipeline.launch.dataflow import DataflowConfig
+from maskbeam.pipeline.options import label_parser, parse_label, runs_locally
+from maskbeam.pipeline.progress import ProgressConfig
+from maskbeam.transforms.images import ImageConfig
+from maskbeam.transforms.labels.layout import OutputConfig
+from maskbeam.transforms.load_model import ModelConfig
+from maskbeam.transforms.masks.amg import PROFILES, AmgConfig
+from maskbeam.transforms.match_shards import InputConfig
+from maskbeam.transforms.readers.samples import ReadConfig
 
 REQUIRED = ["--input", "in", "--output", "out"]
 CONFIGS: dict[str, Any] = typing.get_type_hints(Job)

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 from apache_beam.io.filesystems import FileSystems
 
-from pipeline.options import UsageError, parse_label
+from maskbeam.pipeline.exits import UsageError
+from maskbeam.pipeline.options import parse_label
+from maskbeam.transforms.files import outage
+from maskbeam.transforms.files.outage import Outage, StoreUnavailable
+from maskbeam.transforms.files.s3 import _s3_client
+from maskbeam.transforms.labels.layout import committed_chunks
+from maskbeam.transforms.load_model import ModelConfig
 from tests.conftest import EVENT_SECONDS, label, read_labels, write_photos
 from tests.fakes import Clock, FakeSam
 from tests.test_object_store import ObjectStore, fetch, gs_server, s3_server  # noqa: F401  # fixtures
-from transforms import outage
-from transforms.outage import Outage, StoreUnavailable
-from transforms.resume import committed_chunks
-from transforms.s3 import _s3_client
-from transforms.segment import ModelConfig
 
 pytestmark = pytest.mark.processes
 

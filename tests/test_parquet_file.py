@@ -17,22 +17,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskbeam.transforms.files import parquet_file
+from maskbeam.transforms.files.parquet_file import checked_row_groups
+from maskbeam.transforms.files.parquet_footer import read_footer, read_pages, row_groups
 from tests.conftest import label
-from transforms import parquet_file
-from transforms.parquet_file import checked_row_groups
-from transforms.parquet_footer import read_footer, read_pages, row_groups
 
 ROOT = Path(__file__).parents[1]
 
 # Counts the threads of a process before and after it read all tables of some labels and an input shard.
 _COUNT_THREADS = """
 import os, sys
-from transforms.amg import AmgConfig
-from transforms.labels import list_chunks, read_candidates, read_chunk, read_image_ids
-from transforms.read import ReadConfig, read_images
-from transforms.records import Shard, SourceFile
-from transforms.refine import COLUMNS
-from transforms.resume import read_report
+from maskbeam.transforms.masks.amg import AmgConfig
+from maskbeam.transforms.labels.tables import list_chunks, read_candidates, read_chunk, read_image_ids
+from maskbeam.transforms.readers.samples import ReadConfig
+from maskbeam.transforms.readers.shard import read_images
+from maskbeam.transforms.records import Shard, SourceFile
+from maskbeam.transforms.labels.refine import COLUMNS
+from maskbeam.transforms.labels.resume import read_report
 
 def threads():
     return set(os.listdir("/proc/self/task"))

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from transforms.parquet_footer import ColumnChunk, Inflated, column_chunks, inflate, read_footer
+from maskbeam.transforms.files.parquet_footer import ColumnChunk, Inflated, column_chunks, inflate, read_footer
 
 
 def zigzag(value: int) -> bytes:

@@ -19,13 +19,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import cli, plan
-from pipeline.options import UsageError
-from pipeline.plan import parse_plan, sample_shard
-from tests.conftest import label, photo_bytes, write_photos
-from tests.test_read import images_parquet, images_tar, make_shard, tar_bytes, tfrecord_bytes
-from transforms.amg import AmgConfig
-from transforms.plan import (
+from maskbeam.pipeline import cli
+from maskbeam.pipeline.commands import plan
+from maskbeam.pipeline.commands.plan import parse_plan, sample_shard
+from maskbeam.pipeline.exits import UsageError
+from maskbeam.transforms.estimate import (
     BYTES_PER_CHUNK,
     BYTES_PER_IMAGE,
     BYTES_PER_MASK,
@@ -38,8 +36,11 @@ from transforms.plan import (
     schedule,
     work_per_image,
 )
-from transforms.records import SourceFile, WorkerTime
-from transforms.source import open_file
+from maskbeam.transforms.files.streams import open_file
+from maskbeam.transforms.masks.amg import AmgConfig
+from maskbeam.transforms.records import SourceFile, WorkerTime
+from tests.conftest import label, photo_bytes, write_photos
+from tests.test_read import images_parquet, images_tar, make_shard, tar_bytes, tfrecord_bytes
 
 # 36 seconds an image: 100 images take a worker an hour.
 CONFIG = PlanConfig(images_per_second=1 / 36, workers=2, price_per_hour=3, masks_per_image=10, startup_minutes=6)
@@ -309,7 +310,7 @@ def test_neither_keras_nor_tensorflow_is_loaded(mixed: Path) -> None:
     program = f"import sys; from pipeline import cli; assert cli.main({flags!r}) == 0; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = done.stdout.splitlines()[-1].split()
-    assert "pipeline.plan" in loaded and not {"keras", "tensorflow"} & set(loaded)
+    assert "maskbeam.pipeline.commands.plan" in loaded and not {"keras", "tensorflow"} & set(loaded)
 
 
 def test_images_are_counted_without_any_rate(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,15 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
-from transforms import rle
-from transforms.polygons import Outlines, PolygonLoss, counts_to_outlines, join_parts, mask_to_outlines, polygons_iou
+from maskbeam.transforms.formats.polygons import (
+    Outlines,
+    PolygonLoss,
+    counts_to_outlines,
+    join_parts,
+    mask_to_outlines,
+    polygons_iou,
+)
+from maskbeam.transforms.masks import rle
 
 masks = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=10))
 RING = np.pad(np.zeros((2, 3), bool), 1, constant_values=True)

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import main
+from maskbeam.pipeline.cli import main
 from tests.conftest import EVENT_SECONDS, read_labels, wait_until, write_photos
 
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pipeline", "transforms")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "maskbeam", "pipeline", "transforms")
 
 # The embedded model's predicted IoU is low (its model card).
 SMALL = ["--points_per_side", "2", "--pred_iou_thresh", "0.1", "--stability_score_thresh", "0.5"]
@@ -33,8 +33,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with maskbeam as pip installs it, from a copy of the sources: building leaves files beside them."""
     sources = tmp_path_factory.mktemp("sources")
     for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, sources / name)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, sources / name, symlinks=True)  # maskbeam/ has two links
+        else:
+            shutil.copy(ROOT / name, sources / name)
     target = tmp_path_factory.mktemp("installed")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--target", str(target), str(sources)], check=True)
@@ -84,7 +86,7 @@ def start_service(directory: Path, installed: Path, **variables: str) -> Iterato
 def label(installed: Path, directory: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """`maskbeam label` of the installed package."""
     return subprocess.run(
-        [sys.executable, "-m", "pipeline", "label", *SMALL, *flags],
+        [sys.executable, "-m", "maskbeam", "label", *SMALL, *flags],
         cwd=directory,
         env=environment(installed),
         capture_output=True,
@@ -95,13 +97,16 @@ def label(installed: Path, directory: Path, *flags: str) -> subprocess.Completed
 
 def test_the_wheel_is_what_runs(installed: Path, tmp_path: Path) -> None:
     """Else the other tests would show nothing."""
-    program = "import pipeline, transforms.embedded as e; print(pipeline.__file__, e.__file__, e.embedded_presets())"
+    program = (
+        "import maskbeam.pipeline as p, maskbeam.transforms.presets.embedded as e;"
+        "print(p.__file__, e.__file__, e.embedded_presets())"
+    )
     printed = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment(installed), capture_output=True, text=True
     ).stdout
     assert printed.split(maxsplit=2) == [
-        str(installed / "pipeline" / "__init__.py"),
-        str(installed / "transforms" / "embedded.py"),
+        str(installed / "maskbeam" / "pipeline" / "__init__.py"),
+        str(installed / "maskbeam" / "transforms" / "presets" / "embedded.py"),
         "['sam_tiny']\n",
     ]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import progress as progress_module
-from pipeline.progress import Progress
+from maskbeam.pipeline import progress as progress_module
+from maskbeam.pipeline.progress import Progress
+from maskbeam.transforms.generate_masks import COMPILING, IMAGE, LOADING, PROGRESS_RECORD, READING, READY
 from tests.fakes import Clock
-from transforms.segment import COMPILING, IMAGE, LOADING, PROGRESS_RECORD, READING, READY
 
 
 @pytest.fixture

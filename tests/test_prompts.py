@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from transforms.prompts import build_layer_point_grids, build_point_grid
+from maskbeam.transforms.masks.prompts import build_layer_point_grids, build_point_grid
 
 
 @pytest.mark.parametrize("points_per_side", [1, 2, 3, 32])

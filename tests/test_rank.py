@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maskbeam.transforms.masks.rank import rank_masks
 from tests.conftest import label, read_labels
-from transforms.rank import rank_masks
 
 SCORES = st.tuples(st.floats(-0.1, 1.1), st.one_of(st.floats(0, 1), st.just(math.nan)))
 

@@ -24,10 +24,14 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskbeam.transforms.files import streams as source
+from maskbeam.transforms.read_chunks import read_chunks
+from maskbeam.transforms.readers import shard as read
+from maskbeam.transforms.readers.samples import ReadConfig
+from maskbeam.transforms.readers.shard import read_images
+from maskbeam.transforms.readers.tfrecord import _tensorflow
+from maskbeam.transforms.records import Annotations, EncodedImage, Shard, SourceFile, escape_name, unescape_name
 from tests.conftest import photo_bytes
-from transforms import read, source
-from transforms.read import ReadConfig, _tensorflow, read_chunks, read_images
-from transforms.records import Annotations, EncodedImage, Shard, SourceFile, escape_name, unescape_name
 
 # Bytes that no compression shortens, so that cuts fall where the tests expect them.
 IMAGES = [np.random.default_rng(number).bytes(3000) for number in range(5)]

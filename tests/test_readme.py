@@ -11,16 +11,16 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import cli
-from pipeline.evaluate import parse_evaluate
-from pipeline.export import parse_export
-from pipeline.import_coco import parse_import
-from pipeline.options import parse_label
-from pipeline.plan import parse_plan
-from pipeline.refine import parse_refine
-from pipeline.view import parse_view
+from maskbeam.pipeline import cli
+from maskbeam.pipeline.commands.evaluate import parse_evaluate
+from maskbeam.pipeline.commands.export import parse_export
+from maskbeam.pipeline.commands.import_coco import parse_import
+from maskbeam.pipeline.commands.plan import parse_plan
+from maskbeam.pipeline.commands.refine import parse_refine
+from maskbeam.pipeline.commands.view import parse_view
+from maskbeam.pipeline.options import parse_label
+from maskbeam.transforms.labels.schema import ANNOTATIONS, CANDIDATES, IMAGES
 from tests.conftest import label, read_labels
-from transforms.schema import ANNOTATIONS, CANDIDATES, IMAGES
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

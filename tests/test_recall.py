@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from maskbeam.transforms.evaluation.recall import (
+    Figure,
+    ImageRecall,
+    bootstrap_means,
+    image_recall,
+    match_proposals,
+    summarize_recall,
+)
+from maskbeam.transforms.evaluation.truth import parse_instances
+from maskbeam.transforms.masks import rle
 from tests.cocoeval import assert_equal_to_cocoeval
-from transforms import rle
-from transforms.recall import Figure, ImageRecall, bootstrap_means, image_recall, match_proposals, summarize_recall
-from transforms.truth import parse_instances
 
 SIZE_HW = (120, 160)
 
@@ -187,6 +194,6 @@ def test_a_seed_gives_the_same_interval_however_it_is_computed(monkeypatch: pyte
     found, objects = np.random.default_rng(0).integers(0, 5, (50, 7)) + 0.0, np.full((50, 1), 5.0)
     expected = bootstrap_means(found, objects, seed=3).tolist()
     assert bootstrap_means(found, objects, seed=4).tolist() != expected
-    monkeypatch.setattr("transforms.recall._RESAMPLED_AT_ONCE", 700)
+    monkeypatch.setattr("maskbeam.transforms.evaluation.recall._RESAMPLED_AT_ONCE", 700)
     for actual, one in zip(bootstrap_means(found, objects, seed=3), expected, strict=True):
         assert (actual.value, actual.low, actual.high) == pytest.approx((one.value, one.low, one.high))

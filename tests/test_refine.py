@@ -19,18 +19,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-import pipeline.refine
-from pipeline import cli
-from pipeline.options import UsageError
+from maskbeam.pipeline import cli
+from maskbeam.pipeline.commands import refine as refine_command
+from maskbeam.pipeline.exits import UsageError
+from maskbeam.transforms.labels.layout import committed_chunks
+from maskbeam.transforms.labels.refine import COLUMNS, refine_chunk
+from maskbeam.transforms.labels.schema import (
+    CANDIDATES,
+    annotation_rows,
+    chunk_to_candidates,
+    chunk_to_tables,
+    image_row,
+)
+from maskbeam.transforms.load_model import ModelConfig
+from maskbeam.transforms.masks.amg import AmgConfig, label_image
+from maskbeam.transforms.masks.containment import ContainmentConfig
+from maskbeam.transforms.records import ChunkReport, Dropped, EncodedImage, LabeledChunk, LabeledImage, Shard
 from tests.conftest import Labels, label, photo_bytes, read_labels, write_photos
 from tests.fakes import FakeSam, FakeScored
-from transforms.amg import AmgConfig, label_image
-from transforms.containment import ContainmentConfig
-from transforms.records import ChunkReport, Dropped, EncodedImage, LabeledChunk, LabeledImage, Shard
-from transforms.refine import COLUMNS, refine_chunk
-from transforms.resume import committed_chunks
-from transforms.schema import CANDIDATES, annotation_rows, chunk_to_candidates, chunk_to_tables, image_row
-from transforms.segment import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -381,7 +387,7 @@ def test_an_interrupted_refine_goes_on(
     kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert refine(kept, tmp_path / "whole") == 0
-    refined = pipeline.refine._refine_and_commit
+    refined = refine_command._refine_and_commit
     done: list[ChunkReport] = []
 
     def interrupted(*args: Any) -> ChunkReport:
@@ -391,7 +397,7 @@ def test_an_interrupted_refine_goes_on(
         return done[-1]
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline.refine, "_refine_and_commit", interrupted)
+        patched.setattr(refine_command, "_refine_and_commit", interrupted)
         assert refine(kept, tmp_path / "out") == 130
     first = files(tmp_path / "out")
     assert len(first) == 2
@@ -463,7 +469,7 @@ def test_other_bars_are_another_run(data: Path, kept: Path, tmp_path: Path) -> N
 @pytest.mark.processes
 def test_no_model_is_loaded(kept: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from pipeline.cli import main; "
+        "import sys; from maskbeam.pipeline.cli import main; "
         "code = main(sys.argv[1:]); "
         "assert not {'keras', 'keras_hub', 'tensorflow', 'jax', 'torch'} & set(sys.modules); sys.exit(code)"
     )

@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from transforms.regions import remove_small_regions
-from transforms.rle import Runs, bits_to_runs, counts_to_mask, runs_to_counts
+from maskbeam.transforms.masks.regions import remove_small_regions
+from maskbeam.transforms.masks.rle import Runs, bits_to_runs, counts_to_mask, runs_to_counts
 
 Region = set[tuple[int, int]]
 

@@ -12,21 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from maskbeam.transforms.labels import resume
+from maskbeam.transforms.labels.layout import ChunkKey, committed_chunks, list_tables
+from maskbeam.transforms.labels.resume import finished_reports, read_committed, read_report
+from maskbeam.transforms.match_shards import InputConfig, match_shards
+from maskbeam.transforms.read_chunks import read_unfinished
+from maskbeam.transforms.readers.samples import ReadConfig
+from maskbeam.transforms.records import ChunkReport, Shard, SourceFile, Totals
 from tests.conftest import label, photo_bytes, read_labels, write_photos
 from tests.test_read import images_tar
-from transforms import resume
-from transforms.match import InputConfig, match_shards
-from transforms.read import ReadConfig
-from transforms.records import ChunkReport, Shard, SourceFile, Totals
-from transforms.resume import (
-    committed_chunks,
-    finished_reports,
-    list_tables,
-    read_committed,
-    read_report,
-    read_unfinished,
-)
-from transforms.write import ChunkKey
 
 
 def write_tar(path: Path, count: int) -> None:

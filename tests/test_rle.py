@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco_mask
 
-from transforms import rle
-from transforms.rle import Runs, bits_to_runs, join_runs, runs_to_counts
+from maskbeam.transforms.masks import rle
+from maskbeam.transforms.masks.rle import Runs, bits_to_runs, join_runs, runs_to_counts
 
 ZEROS, ONES = np.zeros((5, 7), bool), np.ones((5, 7), bool)
 masks = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=9))

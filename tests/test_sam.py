@@ -15,9 +15,9 @@ import pytest
 from keras import ops
 from PIL import Image
 
-from transforms.frame import resized_hw, to_frame
-from transforms.sam import Sam, load_sam
-from transforms.sam_encoder import encode_image, read_encoder
+from maskbeam.transforms.masks.frame import resized_hw, to_frame
+from maskbeam.transforms.models.sam.encoder import encode_image, read_encoder
+from maskbeam.transforms.models.sam.model import Sam, load_sam
 
 PRESET = Path(__file__).parent / "golden" / "sam_128"
 FRAME_SIZE = 128
@@ -154,7 +154,7 @@ def test_unknown_dtype_is_an_error() -> None:
 def test_jax_programs_are_kept_for_the_next_process(tmp_path: Path) -> None:
     program = f"""
 import numpy as np
-from transforms.sam import load_sam
+from maskbeam.transforms.models.sam.model import load_sam
 load_sam({str(PRESET)!r}).embed(np.zeros((128, 128, 3), np.uint8), (128, 128))
 """
     environment = {**os.environ, "KERAS_BACKEND": "jax", "HOME": str(tmp_path)}

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from transforms.check_preset import ENCODER_LAYERS, check_preset
-from transforms.embedded import PresetError
-from transforms.frame import resized_hw, to_frame
-from transforms.sam import Sam, load_sam
-from transforms.sam_conv_encoder import _SETTINGS, encode_image, read_encoder
+from maskbeam.transforms.masks.frame import resized_hw, to_frame
+from maskbeam.transforms.models.check_preset import ENCODER_LAYERS, check_preset
+from maskbeam.transforms.models.sam.conv_encoder import _SETTINGS, encode_image, read_encoder
+from maskbeam.transforms.models.sam.model import Sam, load_sam
+from maskbeam.transforms.presets.embedded import PresetError
 
 FRAME, STRIDE, CHANNELS = 96, 16, 16
 GRID = FRAME // STRIDE

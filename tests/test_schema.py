@@ -11,11 +11,22 @@ import pyarrow as pa
 import pytest
 from pycocotools import mask as coco_mask
 
-from tests.conftest import photo_bytes
-from tests.fakes import FakeSam
-from transforms.amg import AmgConfig
-from transforms.images import ImageConfig
-from transforms.records import (
+from maskbeam.transforms.generate_masks import ModelHealth, label_chunk
+from maskbeam.transforms.images import ImageConfig
+from maskbeam.transforms.labels.schema import (
+    ANNOTATIONS,
+    CANDIDATES,
+    IMAGES,
+    RUN_KEY,
+    annotation_rows,
+    chunk_to_tables,
+    image_row,
+    report_from_metadata,
+    row_to_image,
+    row_to_mask,
+)
+from maskbeam.transforms.masks.amg import AmgConfig
+from maskbeam.transforms.records import (
     Chunk,
     ChunkReport,
     Dropped,
@@ -28,19 +39,8 @@ from transforms.records import (
     Shard,
     Totals,
 )
-from transforms.schema import (
-    ANNOTATIONS,
-    CANDIDATES,
-    IMAGES,
-    RUN_KEY,
-    annotation_rows,
-    chunk_to_tables,
-    image_row,
-    report_from_metadata,
-    row_to_image,
-    row_to_mask,
-)
-from transforms.segment import ModelHealth, label_chunk
+from tests.conftest import photo_bytes
+from tests.fakes import FakeSam
 
 SHARD = Shard("s.tar", "/d/s.tar", "tar", ())
 SOURCE = EncodedImage("s.tar#7", 7, "key", "a.jpg", b"")

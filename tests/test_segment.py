@@ -16,23 +16,24 @@ from apache_beam.testing import test_pipeline
 from apache_beam.testing.util import assert_that, equal_to
 from PIL import Image
 
-from pipeline.identity import default_backend
-from tests.conftest import photo_bytes
-from tests.fakes import FakeSam, FakeScored
-from transforms import amg, segment
-from transforms.amg import AmgConfig, label_image
-from transforms.images import ImageConfig
-from transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Shard, WorkerTime
-from transforms.segment import (
+from maskbeam.pipeline.launch.identity import default_backend
+from maskbeam.transforms import generate_masks as segment
+from maskbeam.transforms.generate_masks import (
     GenerateMasks,
     ModelBroken,
-    ModelConfig,
     ModelHealth,
     is_out_of_memory,
     label_chunk,
     probe_config,
     probe_pixels,
 )
+from maskbeam.transforms.images import ImageConfig
+from maskbeam.transforms.load_model import ModelConfig
+from maskbeam.transforms.masks import amg
+from maskbeam.transforms.masks.amg import AmgConfig, label_image
+from maskbeam.transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Shard, WorkerTime
+from tests.conftest import photo_bytes
+from tests.fakes import FakeSam, FakeScored
 
 AMG = AmgConfig(points_per_side=4, pred_iou_thresh=0.75, stability_score_thresh=0.85)
 SHARD = Shard("s.tar", "/s.tar", "tar", ())

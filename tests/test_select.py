@@ -8,10 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from maskbeam.transforms.masks.select import (
+    Candidates,
+    Encoded,
+    SelectionConfig,
+    keep_best,
+    merge_crops,
+    select_in_crop,
+)
+from maskbeam.transforms.records import CropBox, Dropped
 from tests.test_containment import square
-from transforms.crops import CropBox
-from transforms.records import Dropped
-from transforms.select import Candidates, Encoded, SelectionConfig, keep_best, merge_crops, select_in_crop
 
 SIZE_HW = (100, 100)
 WHOLE = CropBox((0, 0, 100, 100), 0)

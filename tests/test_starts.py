@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.starts import Start, announce_start, withdraw_start
+from maskbeam.pipeline.launch.starts import Start, announce_start, withdraw_start
 from tests.conftest import EVENT_SECONDS, label, read_labels, wait_until, write_photos
 
 # `maskbeam label` with FakeSam. With MEET=first it stops after two committed chunks until a start with MEET=second is
@@ -21,7 +21,7 @@ from tests.conftest import EVENT_SECONDS, label, read_labels, wait_until, write_
 LABEL_AND_MEET = """
 import os, sys
 from pathlib import Path
-from pipeline.cli import _quiet_libraries
+from maskbeam.pipeline.cli import _quiet_libraries
 from tests.conftest import label, wait_until
 from tests.fakes import FakeSam
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms.statistics import MAX_BINS, Histogram
+from maskbeam.transforms.evaluation.statistics import MAX_BINS, Histogram
 
 
 def to_dict(histogram: Histogram) -> dict[str, float | list[int]]:

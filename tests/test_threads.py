@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from maskbeam.transforms.masks.amg import AmgConfig, label_image
+from maskbeam.transforms.threads import host_threads, one_blas_thread
 from tests.fakes import FakeSam
-from transforms.amg import AmgConfig, label_image
-from transforms.threads import host_threads, one_blas_thread
 
 PIXELS = np.zeros((48, 64, 3), np.uint8)
 

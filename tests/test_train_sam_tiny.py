@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from maskbeam.transforms.masks.frame import Upsampling
+from maskbeam.transforms.models.sam.model import load_backbone
 from training.sam_tiny import evaluate, finish, network, prompts, train
 from training.sam_tiny.imagenet import read_state, read_weights
 from training.sam_tiny.model import FRAME, GRID, LOW_RES, build_encoder, build_model, load_imagenet
 from training.sam_tiny.network import ABSENT, BACKGROUND, BOTTOM_RIGHT, FOREGROUND, PADDING, TOP_LEFT
 from training.sam_tiny.photos import Photo
 from training.sam_tiny.scenes import Scene, paste, place
-from transforms.frame import Upsampling
-from transforms.sam import load_backbone
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="training runs on TensorFlow")
 

@@ -13,15 +13,15 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from maskbeam.transforms.evaluation.truth import TruthImage
+from maskbeam.transforms.models.sam.encoder import PIXEL_MEAN, PIXEL_STD
+from maskbeam.transforms.models.sam.model import load_sam
 from training import evaluate, finish, losses, network, scenes, train
 from training.model import build_model
 from training.photos import Photo, load_photos, split_images
 from training.sam_tiny.finish import write_preset
 from training.sam_tiny.losses import pair_losses
 from training.synthetic import make_synthetic
-from transforms.sam import load_sam
-from transforms.sam_encoder import PIXEL_MEAN, PIXEL_STD
-from transforms.truth import TruthImage
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="training runs on TensorFlow")
 

@@ -10,7 +10,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from transforms.truth import parse_instances
+from maskbeam.transforms.evaluation.truth import parse_instances
 
 POLYGONS = [[1.0, 1.0, 8.0, 1.0, 4.5, 6.5], [6, 4, 11, 4, 11, 9, 6, 9]]
 COMPRESSED = {"size": [10, 12], "counts": coco_mask.frPyObjects(POLYGONS, 10, 12)[1]["counts"].decode()}

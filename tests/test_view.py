@@ -28,13 +28,13 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 from pycocotools import mask as coco_mask
 
-from pipeline import cli
+from maskbeam.pipeline import cli
+from maskbeam.transforms.draw import draw_masks, mask_color
+from maskbeam.transforms.files.streams import open_file
+from maskbeam.transforms.labels.schema import row_to_mask
+from maskbeam.transforms.records import SourceFile
 from tests.conftest import EVENT_SECONDS, label, photo_bytes, read_labels
 from tests.test_read import MAKERS, tar_bytes
-from transforms.draw import draw_masks, mask_color
-from transforms.records import SourceFile
-from transforms.schema import row_to_mask
-from transforms.source import open_file
 
 CHROMIUM = "/usr/bin/chromium"
 CHROMIUM_FLAGS = [
@@ -286,7 +286,7 @@ def test_photos_are_read_no_more_often_than_they_need_to_be(
         opened[file.path] += 1
         return open_file(file)
 
-    monkeypatch.setattr("transforms.read.open_file", open_counted)
+    monkeypatch.setattr("maskbeam.transforms.readers.shard.open_file", open_counted)
     view("--labels", tmp_path / "labels", "--images", tmp_path / "photos", "--output", tmp_path / "report")
     assert not any(image["problem"] for image in read_script(tmp_path / "report/data/index.js")["images"])
     assert len(opened) == 12 and max(opened.values()) <= most

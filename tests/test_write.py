@@ -15,8 +15,14 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.testing import test_pipeline
 from apache_beam.testing.util import assert_that, equal_to
 
-from transforms.crops import CropBox
-from transforms.records import (
+from maskbeam.transforms.files.storage import list_directory, list_tree, read_json
+from maskbeam.transforms.labels.clear import delete_chunks, delete_temporary
+from maskbeam.transforms.labels.commit import commit_chunk
+from maskbeam.transforms.labels.layout import ChunkKey, OutputConfig, chunk_name, committed_chunks, parse_chunk_name
+from maskbeam.transforms.labels.resume import read_report
+from maskbeam.transforms.labels.schema import RUN_KEY
+from maskbeam.transforms.records import (
+    CropBox,
     Dropped,
     EncodedImage,
     Failure,
@@ -28,22 +34,8 @@ from transforms.records import (
     StoredCandidate,
     Totals,
 )
-from transforms.resume import committed_chunks, read_report
-from transforms.schema import RUN_KEY
-from transforms.summary import read_json, read_totals, write_summary
-from transforms.write import (
-    ChunkKey,
-    OutputConfig,
-    TooManyFailures,
-    WriteParquet,
-    chunk_name,
-    commit_chunk,
-    delete_chunks,
-    delete_temporary,
-    list_directory,
-    list_tree,
-    parse_chunk_name,
-)
+from maskbeam.transforms.summarize import read_totals, write_summary
+from maskbeam.transforms.write_parquet import TooManyFailures, WriteParquet
 
 RUN: dict[str, Any] = {"root": "/", "versions": {"python": "3"}}
 SHARD = Shard("a%2Fs.tar", "/a/s.tar", "tar", (SourceFile("/a/s.tar", 1000),))
@@ -196,7 +188,7 @@ def test_half_a_commit_is_none_and_the_next_one_repairs_it(
 
     monkeypatch.setattr(FileSystems, "rename", breaks)
     monkeypatch.setattr(os, "link", breaks_too)
-    monkeypatch.setattr("transforms.write.RETRY_SECONDS", (0,))
+    monkeypatch.setattr("maskbeam.transforms.write_parquet.RETRY_SECONDS", (0,))
     with pytest.raises(OSError, match=r"cannot write the chunk a%2Fs\.tar-00000\..*2 times.*the disk is gone"):
         commit_chunk(chunk_of(labeled(0)), str(tmp_path), RUN)
     assert committed_chunks(str(tmp_path)) == {}

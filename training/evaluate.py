@@ -22,14 +22,14 @@ import tensorflow as tf
 from PIL import Image
 from scipy import ndimage
 
+from maskbeam.transforms.evaluation.recall import AREA_RANGES
+from maskbeam.transforms.evaluation.truth import TruthImage, TruthObject
+from maskbeam.transforms.masks import rle
+from maskbeam.transforms.masks.candidates import mask_to_runs
+from maskbeam.transforms.masks.frame import Upsampling, resized_hw, to_frame, to_frame_points
+from maskbeam.transforms.models.sam.model import load_backbone
 from training.network import predict
 from training.photos import read_photos
-from transforms import rle
-from transforms.frame import Upsampling, resized_hw, to_frame, to_frame_points
-from transforms.masks import mask_to_runs
-from transforms.recall import AREA_RANGES
-from transforms.sam import load_backbone
-from transforms.truth import TruthImage, TruthObject
 
 SIZES = {**AREA_RANGES, "over 32x32": (AREA_RANGES["medium"][0], np.inf)}
 

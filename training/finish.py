@@ -20,14 +20,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from maskbeam.transforms.masks.prompts import build_point_grid
+from maskbeam.transforms.masks.select import SelectionConfig
 from training.model import build_model
 from training.network import predict
 from training.photos import Photo, load_photos, read_photos
 from training.sam_tiny.finish import write_preset
 from training.scenes import FRAME, place
 from training.train import SEED
-from transforms.prompts import build_point_grid
-from transforms.select import SelectionConfig
 
 PHOTOS = 60  # to calibrate on
 POINTS_PER_SIDE = 16

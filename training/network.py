@@ -19,7 +19,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from transforms.sam_encoder import PIXEL_MEAN, PIXEL_STD
+from maskbeam.transforms.models.sam.encoder import PIXEL_MEAN, PIXEL_STD
 
 
 def predict(

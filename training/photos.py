@@ -18,9 +18,9 @@ from PIL import Image
 from skimage.segmentation import felzenszwalb
 from tqdm import tqdm
 
-from transforms import rle
-from transforms.frame import resized_hw
-from transforms.truth import TruthImage, parse_instances
+from maskbeam.transforms.evaluation.truth import TruthImage, parse_instances
+from maskbeam.transforms.masks import rle
+from maskbeam.transforms.masks.frame import resized_hw
 
 LONG_SIDE = 384
 

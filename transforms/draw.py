@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from transforms import rle
-from transforms.records import Mask
+from maskbeam.transforms.masks import rle
+from maskbeam.transforms.records import Mask
 
 _OPACITY = 0.45
 _GOLDEN_RATIO = 0.618034  # consecutive multiples of it spread evenly around the colour circle

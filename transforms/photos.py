@@ -14,10 +14,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from transforms.images import ImageConfig, ImageError, decode_image
-from transforms.match import InputConfig, absolute, format_of, list_files, match_shards, shard_name
-from transforms.read import ReadConfig, read_images, relative_path
-from transforms.records import EncodedImage, Failure, Shard, SourceFile, escape_name, unescape_name
+from maskbeam.transforms.files.paths import absolute, list_files, relative_path
+from maskbeam.transforms.images import ImageConfig, ImageError, decode_image
+from maskbeam.transforms.labels.layout import shard_name
+from maskbeam.transforms.match_shards import InputConfig, match_shards
+from maskbeam.transforms.readers.formats import format_of
+from maskbeam.transforms.readers.samples import ReadConfig
+from maskbeam.transforms.readers.shard import read_images
+from maskbeam.transforms.records import EncodedImage, Failure, Shard, SourceFile, escape_name, unescape_name
 
 
 class PhotoMissing(ValueError):

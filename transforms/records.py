@@ -6,8 +6,6 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
-from transforms.crops import CropBox
-
 # Formats a shard can have. "image" is a directory's loose image files; the others are one file each.
 FORMATS = ("tfrecord", "tar", "parquet", "image")
 
@@ -440,3 +438,26 @@ class ChunkReport:
     run_id: str | None = None
     generation: int = 0
     siblings: dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class CropBox:
+    """Part of an image that SAM sees as an image of its own.
+
+    Attributes:
+      xyxy: pixels of the image, x1 and y1 exclusive.
+      layer: 0 for the full image; layer i >= 1 has (2**i)**2 boxes.
+    """
+
+    xyxy: tuple[int, int, int, int]
+    layer: int
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        x0, y0, x1, y1 = self.xyxy
+        return y1 - y0, x1 - x0
+
+    @property
+    def xywh(self) -> tuple[float, float, float, float]:
+        x0, y0, x1, y1 = self.xyxy
+        return float(x0), float(y0), float(x1 - x0), float(y1 - y0)

@@ -28,14 +28,14 @@ import numpy as np
 import tensorflow as tf
 from scipy import ndimage
 
+from maskbeam.transforms.evaluation.truth import TruthImage
+from maskbeam.transforms.masks.frame import Upsampling, resized_hw, to_frame, to_frame_points
+from maskbeam.transforms.models.sam.model import load_backbone
 from training.sam_tiny import network
 from training.sam_tiny.model import FRAME, LOW_RES
 from training.sam_tiny.network import ABSENT, BACKGROUND, BOTTOM_RIGHT, FOREGROUND, PADDING, TOP_LEFT
 from training.sam_tiny.photos import load_photo, read_photos
 from training.sam_tiny.prompts import TOKENS
-from transforms.frame import Upsampling, resized_hw, to_frame, to_frame_points
-from transforms.sam import load_backbone
-from transforms.truth import TruthImage
 
 COARSE_LOGIT = 10.0  # of a coarse mask inside; outside it is the negative
 SHIFT = 0.1  # of a box's sides

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from transforms import rle
-from transforms.truth import TruthImage, parse_instances
+from maskbeam.transforms.evaluation.truth import TruthImage, parse_instances
+from maskbeam.transforms.masks import rle
 
 VALIDATION = 60  # photos with the highest ids, never trained on
 

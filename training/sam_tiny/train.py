@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
+from maskbeam.transforms.models.sam.model import load_backbone
 from training.sam_tiny import network
 from training.sam_tiny.imagenet import read_weights
 from training.sam_tiny.losses import prompt_loss
@@ -26,7 +27,6 @@ from training.sam_tiny.model import FEATURES, LOW_RES, STAGES, build_model, load
 from training.sam_tiny.network import BACKGROUND, FOREGROUND, TOP_LEFT
 from training.sam_tiny.photos import load_photos, read_photos
 from training.sam_tiny.prompts import Batch, batches
-from transforms.sam import load_backbone
 
 SEED = 0
 IMAGES, PROMPTS = 4, (11, 3, 2)  # a step; plain, own answer, coarse mask of each image

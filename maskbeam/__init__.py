@@ -1,0 +1,1 @@
+"""maskbeam: label image datasets with SAM."""

@@ -1,0 +1,224 @@
+"""run.json: what identifies a run, so that a later start continues it or is told why it cannot."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from apache_beam.io.filesystems import FileSystems
+
+from maskbeam.pipeline.exits import UsageError
+from maskbeam.pipeline.graph import Job
+from maskbeam.transforms.errors import describe_error
+from maskbeam.transforms.files.paths import absolute
+from maskbeam.transforms.files.storage import delete_file, delete_files, escape_glob, list_tree, read_json, write_json
+from maskbeam.transforms.labels.clear import delete_chunks, delete_temporary
+from maskbeam.transforms.labels.layout import (
+    ANNOTATIONS_DIR,
+    CANDIDATES_DIR,
+    IMAGES_DIR,
+    RUN_FILE,
+    SUMMARY_FILE,
+    TEMPORARY_DIR,
+    committed_chunks,
+    manifest_path,
+)
+from maskbeam.transforms.labels.manifest import FORMAT
+from maskbeam.transforms.models.check_preset import check_preset
+from maskbeam.transforms.presets.embedded import PresetError
+from maskbeam.transforms.presets.remote import local_preset
+from maskbeam.transforms.records import Shard
+
+_TABLE_DIRS = (ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR)
+_OUR_DIRS = (*_TABLE_DIRS, TEMPORARY_DIR)
+
+# In run.json while the labels of an earlier run are being deleted, so that a start after a kill goes on with that.
+_CLEARING = "clearing"
+
+# What may differ between starts of one run: names for people, not what makes the rows, and where the input lies, since
+# a copy of it has the same rows (transforms/labels/reconcile.py looks).
+_NOT_IDENTITY = ("model", "versions", "coco", "id", "root", "manifest", "format", _CLEARING)
+
+_VERSIONED = ("maskbeam", "apache-beam", "keras", "keras-hub", "tensorflow", "jax", "numpy", "pycocotools", "pyarrow")
+
+
+def default_backend() -> str:
+    """The Keras backend: KERAS_BACKEND, or tensorflow. keras.json is not asked, so that workers agree."""
+    return os.environ.get("KERAS_BACKEND", "tensorflow")
+
+
+def describe_run(job: Job, root: str) -> dict[str, Any]:
+    """The content of run.json: settings that affect rows, the model's fingerprint, backend, dtype, root; versions."""
+    return {
+        "format": FORMAT,
+        "root": root,
+        "input_format": job.input.input_format,
+        "chunk_size": job.input.chunk_size,
+        "limit": job.input.limit,
+        "names": asdict(job.read),
+        "exif": job.images.exif,
+        "max_pixels": job.images.max_pixels,
+        "model": job.model.model,
+        "model_fingerprint": model_fingerprint(job.model.model),
+        "dtype": job.model.dtype,
+        "backend": default_backend(),
+        "amg": asdict(job.amg),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this program, and the libraries that rows may depend on."""
+    found = {"python": platform.python_version()}
+    for package in _VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # an extra that is not installed
+            continue
+    return found
+
+
+def model_fingerprint(preset: str) -> str:
+    """sha256 of a model's architecture and weights, wherever they lie.
+
+    Raises:
+      UsageError: there is no such model, or it cannot be used.
+    """
+    digest = hashlib.sha256()
+    try:
+        for path in check_preset(local_preset(preset)):
+            with open(path, "rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+    except PresetError as error:
+        raise UsageError(str(error)) from error
+    except Exception as error:  # whatever the file system in question raises
+        raise UsageError(f"cannot read model {preset}: {describe_error(error)}. Check name and access.") from error
+    return digest.hexdigest()
+
+
+def claim_output(output: str, run: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+    """Writes run.json, or checks that the run in output is this one.
+
+    A run has an id: starts that go on with it find the id in run.json, a new run gets a new one. It is written before
+    anything is deleted, and from then on no start of an earlier run commits anything
+    (maskbeam.transforms.labels.commit.check_run).
+
+    Returns:
+      run, with its id.
+
+    Raises:
+      UsageError: output holds another run, or something that is no run of ours, or cannot be written.
+    """
+    try:
+        path = FileSystems.join(output, RUN_FILE)
+        claimed = {**run, "id": uuid.uuid4().hex}
+        if FileSystems.exists(path):
+            before = _read_run(path)
+            if not overwrite and not before.get(_CLEARING):
+                if committed_chunks(output):
+                    _check_same_run(before, run, output)
+                if not _changes(before, run):
+                    return {**run, "id": before.get("id")}
+            write_json(path, {**claimed, _CLEARING: True})
+            _delete_labels(output)
+        else:
+            _check_empty(output)
+        write_json(path, claimed)
+        return claimed
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a file system that Beam does not know
+        raise UsageError(
+            f"cannot write to --output {output}: {describe_error(error)}. Choose a directory that can be written."
+        ) from error
+
+
+def _read_run(path: str) -> dict[str, Any]:
+    """A run.json of ours."""
+    try:
+        run = read_json(path)
+    except ValueError as error:
+        raise UsageError(
+            f"{path} is damaged: {error}. Delete it and its directory, or choose another --output."
+        ) from error
+    if not isinstance(run, dict) or not {"model_fingerprint", "root", "amg"} <= run.keys():
+        raise UsageError(f"{path} was not written by maskbeam. Choose another --output.")
+    if isinstance(run.get("format"), int) and run["format"] > FORMAT:
+        raise UsageError(
+            f"{path} was written by a newer maskbeam (format {run['format']}, this one knows {FORMAT}). Update "
+            "maskbeam, or choose another --output."
+        )
+    return run
+
+
+def _delete_labels(output: str) -> None:
+    """Deletes what a run of ours leaves in its output, and nothing else."""
+    delete_chunks(output)
+    delete_temporary(output)
+    delete_file(FileSystems.join(output, SUMMARY_FILE))
+    (manifests,) = FileSystems.match([manifest_path(escape_glob(output), "*")])
+    delete_files([file.path for file in manifests.metadata_list])
+
+
+def refuse_input_in_output(shards: Iterable[Shard], output: str) -> None:
+    """Refuses input that lies where labels go: --overwrite would delete it, and a later start would read labels.
+
+    Raises:
+      UsageError
+    """
+    ours = tuple(f"{absolute(output)}/{directory}/" for directory in _OUR_DIRS)
+    for shard in shards:
+        if (shard.path + "/").startswith(ours):
+            raise UsageError(
+                f"the input {shard.path} lies in a folder of --output {output} where labels are written. Choose "
+                "another --output."
+            )
+
+
+def _check_same_run(before: dict[str, Any], now: dict[str, Any], output: str) -> None:
+    if changes := _changes(before, now):
+        raise UsageError(
+            f"{output} holds labels made with other settings: {'; '.join(changes)}. Use the same settings to go on, "
+            "another --output, or --overwrite to delete those labels."
+        )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{field} was {old.get(field)}, now {new.get(field)}"
+        for field in sorted(old.keys() | new.keys())
+        if old.get(field) != new.get(field)
+    ]
+
+
+def _flat(run: dict[str, Any]) -> dict[str, Any]:
+    """The fields that identify a run, nested ones by their own names, as JSON has them."""
+    flat: dict[str, Any] = {}
+    for name, value in run.items():
+        if name in _NOT_IDENTITY:
+            continue
+        flat.update(value if isinstance(value, dict) else {name: value})
+    return {name: _as_json(value) for name, value in flat.items()}
+
+
+def _as_json(value: Any) -> Any:
+    return [_as_json(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _check_empty(output: str) -> None:
+    """A directory with other things in it is not touched: its images/ may be somebody's photos."""
+    for directory in _OUR_DIRS:
+        path = FileSystems.join(output, directory)
+        if list_tree(path):  # an object store knows no directories that could exist
+            raise UsageError(
+                f"--output {output} already has a folder {directory}/ that no run of maskbeam made (there is no "
+                f"{RUN_FILE}). Choose another directory."
+            )

@@ -1,0 +1,108 @@
+"""ReadChunks: the chunks of the shards that no earlier start has committed, and the reports of those that one has."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+
+import apache_beam as beam
+
+from maskbeam.transforms.chunks import cut_chunks
+from maskbeam.transforms.labels.layout import (
+    ANNOTATIONS_DIR,
+    CANDIDATES_DIR,
+    IMAGES_DIR,
+    ChunkKey,
+    list_tables,
+)
+from maskbeam.transforms.labels.resume import finished_reports, is_finished
+from maskbeam.transforms.readers.samples import ReadConfig
+from maskbeam.transforms.readers.shard import read_images
+from maskbeam.transforms.records import (
+    Chunk,
+    ChunkReport,
+    Shard,
+)
+
+
+def read_chunks(
+    shard: Shard, config: ReadConfig, root: str, chunk_size: int, finished: Container[int]
+) -> Iterator[Chunk]:
+    """The chunks of a shard that are not finished. At most one of them and one image more are in memory.
+
+    Args:
+      chunk_size: images in a chunk; it also closes at CHUNK_BYTES.
+      finished: indices of the chunks to leave out. They are cut again all the same, so the others stay what they
+        were; finished loose files are not even opened.
+    """
+    if shard.format == "image":
+        if shard.first_chunk not in finished:
+            images = tuple(read_images(shard, config, root))
+            yield Chunk(shard, shard.first_chunk, images, final=True, digest=shard.digest)
+        return
+    index = shard.first_chunk
+    for images, final in cut_chunks(read_images(shard, config, root), lambda image: len(image.data), chunk_size):
+        if index not in finished:
+            yield Chunk(shard, index, images, final, shard.digest)
+        del images  # or it would stay in memory beside the next one
+        index += 1
+
+
+FINISHED = "finished"
+
+
+def read_unfinished(
+    shard: Shard, config: ReadConfig, chunk_size: int, root: str, reports: list[ChunkReport]
+) -> Iterator[Chunk]:
+    """The chunks of a shard that are not among the finished ones; a finished shard is not opened at all."""
+    finished = {report.index for report in reports}
+    if not is_finished(reports, shard.first_chunk):
+        yield from read_chunks(shard, config, root, chunk_size, finished)
+
+
+class ReadChunks(beam.PTransform):
+    """PCollection[Shard] -> PCollection[Chunk] to do, PCollection[ChunkReport] of those that are done."""
+
+    def __init__(
+        self,
+        config: ReadConfig,
+        chunk_size: int,
+        root: str,
+        output: str,
+        run_id: str | None = None,
+        keep_candidates: bool = False,
+    ) -> None:
+        super().__init__()
+        self._arguments = (config, chunk_size, root, output, run_id, keep_candidates)
+
+    def expand(self, shards: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection]:
+        outputs = shards | beam.ParDo(_ReadChunksFn(*self._arguments)).with_outputs(FINISHED, main="chunks")
+        return outputs["chunks"], outputs[FINISHED]
+
+
+class _ReadChunksFn(beam.DoFn):
+    """Lists the committed chunks once a worker, instead of once a shard."""
+
+    def __init__(
+        self, config: ReadConfig, chunk_size: int, root: str, output: str, run_id: str | None, keep_candidates: bool
+    ) -> None:
+        self._config = config
+        self._chunk_size = chunk_size
+        self._root = root
+        self._output = output
+        self._keep_candidates = keep_candidates
+        self._run_id = run_id
+
+    def setup(self) -> None:
+        directories = [IMAGES_DIR, ANNOTATIONS_DIR] + [CANDIDATES_DIR] * self._keep_candidates
+        self._committed: dict[str | tuple[str, int], list[ChunkKey]] = {}
+        for key in list_tables(self._output, directories).committed(self._keep_candidates):
+            # A directory of loose files may have a hundred thousand chunks, and a Shard for each.
+            self._committed.setdefault(key.shard, []).append(key)
+            self._committed.setdefault((key.shard, key.index), []).append(key)
+
+    def process(self, shard: Shard) -> Iterator[Chunk | beam.pvalue.TaggedOutput]:
+        place = (shard.name, shard.first_chunk) if shard.format == "image" else shard.name
+        reports = finished_reports(shard, self._committed.get(place, []), self._output, self._run_id)
+        for report in reports:
+            yield beam.pvalue.TaggedOutput(FINISHED, report)
+        yield from read_unfinished(shard, self._config, self._chunk_size, self._root, reports)
