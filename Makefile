@@ -57,7 +57,7 @@ test: $(VENV)/installed-dev  ## run the tests, the model's on both backends: hal
 	@echo "Running all tests, then the model's on JAX, whatever the first say. It takes half an hour on 2 cores."
 	@trap 'exit 130' INT TERM; all=passed; jax=passed; \
 	$(BIN)/python -m pytest -q || all="FAILED (exit code $$?)"; \
-	KERAS_BACKEND=jax $(BIN)/python -m pytest -q tests/test_sam.py tests/test_sam_conv_encoder.py tests/test_golden.py || jax="FAILED (exit code $$?)"; \
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -q tests/transforms/models || jax="FAILED (exit code $$?)"; \
 	echo "all tests: $$all"; echo "the model's tests on JAX: $$jax"; [ "$$all $$jax" = "passed passed" ]
 
 lint: $(VENV)/installed-dev  ## check style and types

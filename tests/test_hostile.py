@@ -35,8 +35,8 @@ from maskbeam.transforms.load_model import load_model
 from maskbeam.transforms.models.check_preset import check_preset
 from maskbeam.transforms.presets.embedded import PresetError
 from tests.conftest import label, photo_bytes, read_labels, write_photos
-from tests.test_label import contents
-from tests.test_read import (
+from tests.pipeline.commands.test_label import contents
+from tests.transforms.readers.test_shard import (
     example_bytes,
     frame,
     images_tar,

@@ -43,7 +43,7 @@ sys.exit(3 if call in os.environ.get("FAIL", "").split(";") else 0)
 INSTALL = "pip install --editable ."
 INSTALL_DEV = "pip install --editable .[dev]"
 TEST = "pytest -q"
-TEST_JAX = "pytest -q tests/test_sam.py tests/test_sam_conv_encoder.py tests/test_golden.py jax"
+TEST_JAX = "pytest -q tests/transforms/models jax"
 
 
 class Project:

@@ -20,7 +20,7 @@ from maskbeam.transforms.labels.layout import committed_chunks
 from maskbeam.transforms.load_model import ModelConfig
 from tests.conftest import label, photo_bytes, read_labels, write_photos
 from tests.fakes import FakeSam
-from tests.test_read import images_tar
+from tests.transforms.readers.test_shard import images_tar
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ The weights are those of the SAMBackbone. What differs is how they are used:
   apart and added; heads are kept side by side in block-diagonal products of tokens, so that no image is transposed.
 - A transposed convolution whose kernel is its stride is a matrix product.
 
-tests/test_training.py compares it with the layers.
+tests/training/test_training.py compares it with the layers.
 """
 
 from __future__ import annotations
