@@ -6,6 +6,8 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
+import numpy as np
+
 # Formats a shard can have. "image" is a directory's loose image files; the others are one file each.
 FORMATS = ("tfrecord", "tar", "parquet", "image")
 
@@ -126,6 +128,36 @@ class Annotations:
 
 
 NO_ANNOTATIONS = Annotations()
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """What to find in one image: P prompts, in pixels of the image after orientation. One prompt, one mask.
+
+    A prompt is a box, points, a coarse mask, or any of these together.
+
+    Attributes:
+      boxes_xyxy: (P, 4) float64, edges as in COCO's x, y, x + w, y + h; NaN = no box.
+      points_xy: (N, 2) float64, the points of all prompts one after the other.
+      point_labels: (N,) int8, 1 = on the object, 0 = beside it.
+      first_point: (P + 1,) int64: those of prompt p are first_point[p] to first_point[p + 1].
+      masks: COCO compressed RLE of the coarse masks, of the image's size; None = no mask.
+      category_ids: (P,) int32.
+      scores: (P,) float32, a detector's confidence; NaN = not known.
+      ids: of each prompt where it comes from, in its words.
+    """
+
+    boxes_xyxy: np.ndarray
+    points_xy: np.ndarray
+    point_labels: np.ndarray
+    first_point: np.ndarray
+    masks: tuple[str | None, ...]
+    category_ids: np.ndarray
+    scores: np.ndarray
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
