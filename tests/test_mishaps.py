@@ -25,7 +25,7 @@ from tests.transforms.readers.test_shard import images_tar
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskbeam.transforms.write_parquet.RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr("maskbeam.transforms.labels.commit.RETRY_SECONDS", (0, 0))
     monkeypatch.setattr("maskbeam.transforms.files.streams.RETRY_SECONDS", (0, 0))
 
 
@@ -209,7 +209,7 @@ def test_an_error_that_passes_is_no_error(
     photos: Path, output: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = fail_creating(monkeypatch, OSError(errno.EIO, ""), "-images-", 1)
-    monkeypatch.setattr("maskbeam.transforms.write_parquet.time.sleep", lambda seconds: broken.clear())
+    monkeypatch.setattr("maskbeam.transforms.labels.commit.time.sleep", lambda seconds: broken.clear())
     assert start(photos, output) == 0
     assert not broken and read_labels(output) == undisturbed
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from maskbeam.pipeline.commands import label
-from maskbeam.pipeline.exits import EXIT_DONE
+from maskbeam.pipeline.exits import EXIT_DONE, UsageError
 from maskbeam.pipeline.options import parse_job
 from maskbeam.transforms.draw import contact_sheet, draw_masks
 from maskbeam.transforms.images import ImageConfig, decode_image
@@ -52,10 +52,12 @@ def main(argv: list[str]) -> int:
     # Again and again into the same place, but not over somebody's labels.
     run_file = Path(output) / RUN_FILE
     again = run_file.exists() and json.loads(run_file.read_text()).get("root") == str(PHOTOS)
+    picture = Path(output) / "masks.png"
+    if picture.exists() and not again:
+        raise UsageError(f"{picture} was not made by a demo. Choose another --output, or move it away.")
     overwrite = ["--overwrite"] if again else []
     code = label.main(["--input", str(PHOTOS / "*.jpg"), "--output", output, *overwrite, *_FLAGS])
     if code == EXIT_DONE:
-        picture = Path(output) / "masks.png"
         Image.fromarray(draw_photos(output)).save(picture)
         print(f"picture: {picture}")
     return code

@@ -93,6 +93,8 @@ class EvaluateConfig:
             raise ValueError(
                 "allow_missing is for --truth. --against compares the images that both have, and counts the others."
             )
+        if self.against is not None and (self.rank_by, self.seed) != (type(self).rank_by, type(self).seed):
+            raise ValueError("rank_by and seed are for --truth: --against compares all masks, and draws no samples.")
         if self.plot is not None and (self.truth is None or not self.plot.endswith(".png")):
             raise ValueError(f"plot is {self.plot}; expected a file that ends in .png, and --truth beside it.")
         if self.rank_by not in RANKINGS:

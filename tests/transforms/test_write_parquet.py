@@ -188,7 +188,7 @@ def test_half_a_commit_is_none_and_the_next_one_repairs_it(
 
     monkeypatch.setattr(FileSystems, "rename", breaks)
     monkeypatch.setattr(os, "link", breaks_too)
-    monkeypatch.setattr("maskbeam.transforms.write_parquet.RETRY_SECONDS", (0,))
+    monkeypatch.setattr("maskbeam.transforms.labels.commit.RETRY_SECONDS", (0,))
     with pytest.raises(OSError, match=r"cannot write the chunk a%2Fs\.tar-00000\..*2 times.*the disk is gone"):
         commit_chunk(chunk_of(labeled(0)), str(tmp_path), RUN)
     assert committed_chunks(str(tmp_path)) == {}

@@ -51,6 +51,14 @@ def test_the_demo_labels_the_photos_and_draws_the_masks(
         assert 0.01 < part.mean() < 1
 
 
+def test_somebody_elses_picture_stays(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output.mkdir()
+    (output / "masks.png").write_bytes(b"mine")
+    assert cli.main(["demo", "--output", str(output)]) == 2
+    assert f"{output}/masks.png was not made by a demo" in capsys.readouterr().err
+    assert [(path.name, path.read_bytes()) for path in output.iterdir()] == [("masks.png", b"mine")]
+
+
 def test_every_shipped_photo_has_its_source_named() -> None:
     told = (demo.PHOTOS / "README.md").read_text()
     names = [path.name for path in demo.PHOTOS.glob("*.jpg")]

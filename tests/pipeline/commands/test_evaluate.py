@@ -414,6 +414,8 @@ def test_a_truth_that_does_not_fit_is_an_error(
         (["--truth", "t.json", "--plot", "x.jpg"], "plot is x.jpg"),
         (["--against", "other", "--plot", "x.png"], "--truth beside it"),
         (["--against", "other", "--allow_missing"], "allow_missing is for --truth"),
+        (["--against", "other", "--rank_by", "predicted_iou"], "rank_by and seed are for --truth"),
+        (["--against", "other", "--seed", "1"], "rank_by and seed are for --truth"),
         (["--against", "no/labels"], "no/labels holds no labels: there is no run.json"),
         (["--against", "no/labels", "--json", "{labels}"], "cannot write --json"),
     ],

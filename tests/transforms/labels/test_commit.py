@@ -48,7 +48,7 @@ View = tuple[list[str], list[float]]
 @pytest.fixture(autouse=True)
 def empty_store(monkeypatch: pytest.MonkeyPatch) -> None:
     STORE.reset()
-    monkeypatch.setattr("maskbeam.transforms.write_parquet.RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr("maskbeam.transforms.labels.commit.RETRY_SECONDS", (0, 0))
 
 
 def view(index: int = 0) -> View | None:
