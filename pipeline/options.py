@@ -18,12 +18,12 @@ import typing
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from maskbeam.pipeline.exits import UsageError
 from maskbeam.pipeline.graph import Job
 from maskbeam.pipeline.launch.dataflow import install_command, is_installed
+from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.masks.amg import PROFILES, AmgConfig
 
 # Beam's "DirectRunner" first tries to download another runner's binary; this one is in the package and runs in process.

@@ -93,10 +93,11 @@ def test_the_application_needs_no_tests(package: str) -> None:
             {"pyarrow.parquet"},
             {f"transforms/{name}.py" for name in ("files/parquet_file", "labels/commit", "labels/clear")},
         ),
+        ({"apache_beam.io.filesystems"}, {"transforms/files/beam_files.py"}),  # with its deadlines
         ({"argparse"}, {"pipeline/options.py", "pipeline/commands/demo.py"}),
         ({"torch", "torchvision", "segment_anything", "cv2", "scipy", "pandas"}, set()),  # of tests and benchmarks
     ],
-    ids=["keras", "pycocotools", "parquet", "argparse", "reference"],
+    ids=["keras", "pycocotools", "parquet", "files", "argparse", "reference"],
 )
 def test_package_is_imported_only_in(packages: set[str], allowed: set[str]) -> None:
     imports = imports_in(*PRODUCT)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.io.localfilesystem import LocalFileSystem
 
 from maskbeam.pipeline import cli
 from maskbeam.pipeline.exits import UsageError
+from maskbeam.transforms.files import streams
+from maskbeam.transforms.files.systems import open_path
 from maskbeam.transforms.labels.layout import committed_chunks
 from maskbeam.transforms.load_model import ModelConfig
 from tests.conftest import label, photo_bytes, read_labels, write_photos
@@ -270,14 +271,12 @@ def tar(tmp_path: Path) -> Path:
 def test_a_shard_that_goes_away_before_it_is_read_is_a_row_and_the_next_start_counts_its_chunks(
     photos: Path, tar: Path, output: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = FileSystems.open
-
-    def gone(path: str, *arguments: Any, **options: Any) -> Any:
+    def gone(path: str) -> Any:
         if path == str(tar):
             tar.unlink(missing_ok=True)
-        return opened(path, *arguments, **options)
+        return open_path(path)
 
-    monkeypatch.setattr(FileSystems, "open", gone)
+    monkeypatch.setattr(streams, "open_path", gone)
     photos.rename(tar.parent / "photos")
     assert label("--input", tar.parent, "--output", output) == 0
     ((image_id, stage, error),) = failures(output)
@@ -314,14 +313,13 @@ def test_a_directory_that_may_not_be_read_any_more_is_a_row_each(
     tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos = write_photos(tmp_path / "photos", 3)
-    opened = LocalFileSystem.open
 
-    def refuse(self: LocalFileSystem, path: str, *arguments: Any) -> Any:
+    def refuse(path: str) -> Any:
         if path.endswith("1.png"):
             raise PermissionError(errno.EACCES, "Permission denied", path)
-        return opened(self, path, *arguments)
+        return open_path(path)
 
-    monkeypatch.setattr(LocalFileSystem, "open", refuse)
+    monkeypatch.setattr(streams, "open_path", refuse)
     assert start(photos, output) == 0
     assert failures(output) == [("1.png", "read", f"[Errno 13] Permission denied: '{photos / '1.png'}'")]
     monkeypatch.undo()

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from apache_beam.io.filesystem import BeamIOError
-
-import maskbeam.transforms.files.gs  # deadlines
-import maskbeam.transforms.files.s3  # noqa: F401  # one client for all files, and deadlines
 from maskbeam.transforms.files.outage import StoreUnavailable
 
 
@@ -15,8 +11,8 @@ def describe_error(error: Exception) -> str:
     >>> describe_error(ValueError("the file is empty")), describe_error(KeyError("id")), describe_error(MemoryError())
     ('the file is empty', "KeyError: 'id'", 'MemoryError')
     """
-    if isinstance(error, BeamIOError) and error.exception_details:  # the path, or a pair of paths, and the cause
-        ((where, cause), *_) = error.exception_details.items()
+    if details := getattr(error, "exception_details", None):  # Beam's: the path, or a pair of paths, and the cause
+        ((where, cause), *_) = details.items()
         where = where if isinstance(where, str) else where[-1]
         return f"{where}: {describe_error(cause)}"
     kind = type(error).__name__

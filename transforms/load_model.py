@@ -47,6 +47,21 @@ def load_model(config: ModelConfig) -> Sam:
     return load_sam(local_preset(config.model), config.dtype)
 
 
+def load_sam(model: str = DEMO_MODEL, dtype: str = "float32") -> Sam:
+    """Loads a model, to be given to label_image.
+
+    Args:
+      model: "sam_tiny", which comes with the package; "sam_base_sa1b", "sam_large_sa1b" or "sam_huge_sa1b", which
+        KerasHub downloads; or the directory or URI of a KerasHub SAM preset.
+      dtype: "float32", "bfloat16" or "float16"; only float32 gives the reference's masks.
+
+    Raises:
+      PresetError: the name means no model, or the directory holds none.
+      ValueError: there is no such dtype.
+    """
+    return load_model(ModelConfig(model, dtype))
+
+
 def use_backend(backend: str) -> None:
     """Sets the Keras backend of this process, before Keras is imported, and lets it grow on the device.
 

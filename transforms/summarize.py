@@ -7,8 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.io.filesystems import FileSystems
 
+from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.storage import read_json, write_json
 from maskbeam.transforms.labels.clear import delete_temporary
 from maskbeam.transforms.labels.commit import check_run

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from apache_beam.io.filesystem import CompressionTypes
-from apache_beam.io.filesystems import FileSystems
 from PIL import Image
 
 from maskbeam.pipeline.exits import EXIT_DONE, EXIT_FAILED, UsageError
 from maskbeam.pipeline.options import parse_job
 from maskbeam.pipeline.progress import progress_bar
 from maskbeam.pipeline.results import escape_controls
+from maskbeam.transforms.files.beam_files import CompressionTypes, FileSystems
 from maskbeam.transforms.files.storage import read_json, replace_file, write_json
 from maskbeam.transforms.formats.coco import (
     OBJECT_CATEGORY,

@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 
-from apache_beam.io.filesystems import FileSystems
-
 from maskbeam.pipeline.exits import EXIT_DONE, UsageError
 from maskbeam.pipeline.options import parse_job
 from maskbeam.pipeline.results import format_some, write_result
@@ -29,6 +27,7 @@ from maskbeam.transforms.estimate import (
     plural,
     work_per_image,
 )
+from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.parquet_file import open_parquet
 from maskbeam.transforms.files.paths import relative_path
 from maskbeam.transforms.files.storage import read_json

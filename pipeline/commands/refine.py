@@ -13,13 +13,12 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
-
 from maskbeam.pipeline.exits import EXIT_DONE, EXIT_FAILED, UsageError
 from maskbeam.pipeline.launch.identity import claim_output, versions
 from maskbeam.pipeline.options import parse_changes
 from maskbeam.pipeline.progress import progress_bar
 from maskbeam.pipeline.results import describe_model
+from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.paths import absolute
 from maskbeam.transforms.labels.commit import RunReplaced, commit_tables
 from maskbeam.transforms.labels.layout import (

@@ -19,7 +19,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import apache_beam as beam
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import (
     DebugOptions,
     GoogleCloudOptions,
@@ -28,6 +27,8 @@ from apache_beam.options.pipeline_options import (
     StandardOptions,
     WorkerOptions,
 )
+
+from maskbeam.transforms.files.systems import scheme_of
 
 # --gpu: accelerator type, and the machine that gets it unless --machine_type says otherwise. Eight vCPUs or so a GPU:
 # decoding, measuring and encoding masks is work for the host.
@@ -120,7 +121,7 @@ def prepare_dataflow(options: PipelineOptions, config: DataflowConfig, paths: It
     cloud = options.view_as(GoogleCloudOptions)
     _check_cloud(cloud)
     for path in paths:
-        if FileSystems.get_scheme(path) is None:
+        if scheme_of(path) is None:
             raise ValueError(
                 f"{path} is a local path, which Dataflow's workers cannot reach. Give a URI such as gs://BUCKET/..., "
                 f"after: gcloud storage cp -r {path} gs://BUCKET/"

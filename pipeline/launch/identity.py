@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
-
 from maskbeam.pipeline.exits import UsageError
 from maskbeam.pipeline.graph import Job
 from maskbeam.transforms.errors import describe_error
+from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.paths import absolute
 from maskbeam.transforms.files.storage import delete_file, delete_files, escape_glob, list_tree, read_json, write_json
 from maskbeam.transforms.labels.clear import delete_chunks, delete_temporary

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import MetricsFilter
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions, PortableOptions, StandardOptions
 from apache_beam.runners.runner import PipelineResult, PipelineState
@@ -17,6 +16,7 @@ from maskbeam.pipeline.exits import UsageError
 from maskbeam.pipeline.graph import Job, build
 from maskbeam.pipeline.interruption import when_interrupted
 from maskbeam.pipeline.launch.dataflow import IMAGE_MODELS, is_dataflow, makes_template, prepare_dataflow, runner_name
+from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.paths import absolute
 from maskbeam.transforms.load_model import LoadSam
 from maskbeam.transforms.presets.embedded import HUB_SCHEMES, check_model_name, embedded_presets

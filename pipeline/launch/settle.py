@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
-
 from maskbeam.pipeline.graph import Job
 from maskbeam.pipeline.results import format_some
+from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.paths import absolute, relative_path
 from maskbeam.transforms.files.storage import delete_file, read_json, write_json
 from maskbeam.transforms.labels.layout import (

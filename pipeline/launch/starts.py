@@ -15,8 +15,7 @@ import time
 import uuid
 from dataclasses import asdict, dataclass
 
-from apache_beam.io.filesystems import FileSystems
-
+from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.storage import delete_file, list_tree, read_json, write_json
 from maskbeam.transforms.labels.layout import TEMPORARY_DIR
 

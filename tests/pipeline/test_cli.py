@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import subprocess
+import sys
 from typing import NoReturn
 
 import pytest
@@ -102,3 +104,12 @@ def test_the_program_lists_its_commands(argv: list[str], code: int, capsys: pyte
     assert cli.main(argv) == code
     printed = "".join(capsys.readouterr())
     assert all(re.search(rf"\b{command}\b", printed) for command in COMMANDS)
+
+
+def test_warnings_of_ours_are_shown_and_those_of_libraries_are_not() -> None:
+    script = (
+        "import logging; from maskbeam.pipeline import cli; cli._quiet_libraries()\n"
+        "logging.getLogger('apache_beam').warning('theirs'); logging.getLogger('maskbeam.transforms.x').warning('ours')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "warning: ours\n"

@@ -6,14 +6,15 @@ import os
 import re
 from collections.abc import Callable, Iterator
 
-from apache_beam.io.filesystem import FileSystem
-from apache_beam.io.filesystems import FileSystems
-
+from maskbeam.transforms.files.systems import list_uri, scheme_of
 from maskbeam.transforms.records import (
     SourceFile,
 )
 
 GLOB_CHARACTERS = re.compile(r"[*?[]")
+
+# A bracket that is not closed is a character. ?+ and *+ never give back what they took.
+_GLOB_PART = re.compile(r"(?P<many>\*\*?)|(?P<one>\?)|\[(?P<no>!?+)(?P<set>\]?+[^\]]*+)\]|.", re.DOTALL)
 
 
 def list_files(pattern: str) -> tuple[str, list[SourceFile]]:
@@ -53,12 +54,7 @@ def list_files(pattern: str) -> tuple[str, list[SourceFile]]:
 
 def _match(pattern: str) -> list[SourceFile]:
     # Object stores mark directories with empty objects whose names end with a slash.
-    metadata = FileSystems.match([pattern])[0].metadata_list
-    return [
-        SourceFile(file.path, file.size_in_bytes, file.last_updated_in_seconds or 0.0)
-        for file in metadata
-        if not file.path.endswith("/")
-    ]
+    return [file for file in list_uri(pattern) if not file.path.endswith("/")]
 
 
 def _walk(directory: str, parts: tuple[str, ...]) -> Iterator[SourceFile]:
@@ -111,7 +107,7 @@ def absolute(path: str) -> str:
 
 def is_local(path: str) -> bool:
     """Whether a path is one of the machine itself: it has no scheme."""
-    return FileSystems.get_scheme(path) is None
+    return scheme_of(path) is None
 
 
 def scheme_prefix(path: str) -> str:
@@ -141,11 +137,25 @@ def glob_matcher(pattern: str) -> Callable[[str], re.Match[str] | None]:
     Raises:
       ValueError: the glob is not valid; the message names it.
     """
-    expression = FileSystem.translate_pattern(pattern).replace("/.*/", "/(?:.*/)?")
+    expression = "".join(_to_expression(part) for part in _GLOB_PART.finditer(pattern)).replace("/.*/", "/(?:.*/)?")
     try:
-        return re.compile(expression).match
+        return re.compile(rf"(?ms){expression}\Z").match
     except re.error as error:
         raise ValueError(f"the input {pattern!r} is no valid glob: {error}. Mind the order in [a-z].") from error
+
+
+def _to_expression(part: re.Match[str]) -> str:
+    """A part of a glob as a regular expression, as Beam's file systems read it."""
+    if part["many"]:
+        return ".*" if len(part["many"]) == 2 else r"[^/\\]*"
+    if part["one"]:
+        return "."
+    if part["set"]:
+        characters = part["set"].replace("\\", r"\\")
+        if part["no"]:
+            return f"[^{characters}]"
+        return f"[\\{characters}]" if characters.startswith("^") else f"[{characters}]"
+    return re.escape(part[0])
 
 
 def relative_path(path: str, root: str) -> str:

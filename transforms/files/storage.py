@@ -7,26 +7,28 @@ import contextlib
 import json
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
 
-from apache_beam.io.filesystem import CompressionTypes
-from apache_beam.io.filesystems import FileSystems
-
 from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.files.streams import read_up_to
 from maskbeam.transforms.files.strict_json import parse_json
+from maskbeam.transforms.files.systems import join_path, list_uri, open_path, path_exists, scheme_of
+from maskbeam.transforms.records import SourceFile
 
 
 def delete_file(path: str) -> None:
     """Deletes a file, if it is there, on any file system."""
-    delete_files([path] if FileSystems.exists(path) else [])
+    delete_files([path] if path_exists(path) else [])
 
 
 def delete_files(paths: list[str]) -> None:
     """Deletes files of one file system that were there a moment ago."""
-    if paths and FileSystems.get_scheme(paths[0]) is not None:
+    if paths and scheme_of(paths[0]) is not None:
+        from maskbeam.transforms.files.beam_files import FileSystems
+
         FileSystems.delete(paths)
         return
     for path in paths:
@@ -36,14 +38,27 @@ def delete_files(paths: list[str]) -> None:
 
 def list_tree(path: str) -> list[str]:
     """The files below a directory, on any file system."""
-    pattern = FileSystems.join(escape_glob(path), "**")
-    return [file.path for match in FileSystems.match([pattern]) for file in match.metadata_list]
+    if scheme_of(path) is None:
+        return [os.path.join(directory, name) for directory, _, names in os.walk(path) for name in names]
+    return [file.path for file in list_uri(join_path(escape_glob(path), "**"))]
 
 
-def list_directory(path: str) -> list[str]:
-    """The files in a directory, without those in folders of it, on any file system."""
-    pattern = FileSystems.join(escape_glob(path), "*")
-    return [file.path for match in FileSystems.match([pattern]) for file in match.metadata_list]
+def list_directory(path: str) -> list[SourceFile]:
+    """The files in a directory, without those in folders of it, on any file system; none if it is not there.
+
+    Raises:
+      OSError: it cannot be listed.
+    """
+    if scheme_of(path) is not None:
+        return list_uri(join_path(escape_glob(path), "*"))
+    found = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # deleted since, or a link that leads nowhere
+                status = entry.stat()
+                if not stat.S_ISDIR(status.st_mode):
+                    found.append(SourceFile(entry.path, status.st_size, status.st_mtime))
+    return found
 
 
 def escape_glob(path: str) -> str:
@@ -70,6 +85,8 @@ def write_json(path: str, content: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def replace_file(path: str) -> Iterator[IO[bytes]]:
     """A file to write, on any Beam file system, that gets its name when all is written, and else is deleted."""
+    from maskbeam.transforms.files.beam_files import CompressionTypes, FileSystems
+
     temporary = f"{path}.{uuid.uuid4().hex}"
     try:
         with FileSystems.create(temporary, compression_type=CompressionTypes.UNCOMPRESSED) as file:
@@ -98,7 +115,7 @@ def read_json_bytes(path: str, max_bytes: int) -> bytes:
       ValueError: it begins like no JSON object or list, or is larger than max_bytes.
       OSError: it cannot be read.
     """
-    with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+    with open_path(path) as file:
         data = read_up_to(file, _HEAD_BYTES)
         if not data.removeprefix(codecs.BOM_UTF8).lstrip().startswith((b"{", b"[")):
             raise ValueError(f"it is not JSON: it begins with {data[:20]!r}, not with {{ or [")

@@ -13,13 +13,10 @@ from functools import partial
 from typing import IO, Any
 
 import pyarrow as pa
-from apache_beam.io.filesystem import CompressionTypes
-from apache_beam.io.filesystems import FileSystems
 
-import maskbeam.transforms.files.gs  # deadlines
-import maskbeam.transforms.files.s3  # noqa: F401  # one client for all files, and deadlines
 from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.files.outage import is_out
+from maskbeam.transforms.files.systems import open_path
 from maskbeam.transforms.records import SourceFile
 
 # Waits between the tries of a file system, in seconds.
@@ -90,7 +87,7 @@ class _RetriedFile(io.RawIOBase):
 
     def _read(self, num_bytes: int) -> bytes:
         if self._file is None:
-            self._file = FileSystems.open(self._source.path, compression_type=CompressionTypes.UNCOMPRESSED)
+            self._file = open_path(self._source.path)
         if self._file.tell() != self._position:
             self._file.seek(self._position)
         return self._file.read(num_bytes)

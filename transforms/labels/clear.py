@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from apache_beam.io.filesystem import CompressionTypes
-from apache_beam.io.filesystems import FileSystems
 
+from maskbeam.transforms.files.beam_files import CompressionTypes, FileSystems
 from maskbeam.transforms.files.storage import delete_files, list_directory, list_tree
 from maskbeam.transforms.labels.layout import (
     ANNOTATIONS_DIR,
@@ -37,7 +36,8 @@ _TEMPORARY_NAME = re.compile(
 def delete_temporary(output: str) -> None:
     """Deletes the temporary files of all starts in an output directory, and their folder if nothing else is in it."""
     directory = FileSystems.join(output, TEMPORARY_DIR)
-    delete_files([path for path in list_directory(directory) if _TEMPORARY_NAME.fullmatch(FileSystems.split(path)[1])])
+    paths = [file.path for file in list_directory(directory)]
+    delete_files([path for path in paths if _TEMPORARY_NAME.fullmatch(FileSystems.split(path)[1])])
     if FileSystems.get_scheme(directory) is None:
         with contextlib.suppress(OSError):  # others' files are in it, or another start adds to it
             os.rmdir(directory)
@@ -52,10 +52,10 @@ def delete_chunks(output: str) -> None:
     footer: it is ours if a file of the same chunk is.
     """
     files = [
-        path
+        file.path
         for directory in (IMAGES_DIR, CANDIDATES_DIR, ANNOTATIONS_DIR)
-        for path in list_directory(FileSystems.join(output, directory))
-        if parse_chunk_name(FileSystems.split(path)[1])
+        for file in list_directory(FileSystems.join(output, directory))
+        if parse_chunk_name(FileSystems.split(file.path)[1])
     ]
     with ThreadPoolExecutor(_FOOTER_THREADS) as threads:
         whose = dict(zip(files, threads.map(_is_ours, files), strict=True))

@@ -25,10 +25,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from apache_beam.io.filesystem import CompressionTypes
-from apache_beam.io.filesystems import FileSystems
 
 from maskbeam.transforms.errors import describe_error
+from maskbeam.transforms.files.beam_files import CompressionTypes, FileSystems
 from maskbeam.transforms.files.outage import StoreUnavailable
 from maskbeam.transforms.files.parquet_file import open_parquet
 from maskbeam.transforms.files.storage import delete_file, delete_files, escape_glob

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from apache_beam.io.filesystems import FileSystems
-
-from maskbeam.transforms.files.storage import escape_glob
+from maskbeam.transforms.files.storage import escape_glob, list_directory
+from maskbeam.transforms.files.systems import join_path, scheme_of
 
 RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
@@ -45,7 +44,7 @@ class OutputConfig:
     def __post_init__(self) -> None:
         if not self.output:
             raise ValueError("output is empty; expected a directory.")
-        if FileSystems.get_scheme(self.output) is not None and escape_glob(self.output) != self.output:
+        if scheme_of(self.output) is not None and escape_glob(self.output) != self.output:
             raise ValueError(
                 f"output is {self.output}, but only local directories may have *, ? or [ in their names: other file "
                 "systems would take it for a pattern when files are deleted. Choose another directory."
@@ -119,7 +118,7 @@ def parse_chunk_name(name: str) -> ChunkKey | None:
 
 def manifest_path(output: str, manifest: str) -> str:
     """Where a manifest lies, see transforms/labels/manifest.py."""
-    return FileSystems.join(output, f"manifest-{manifest}.json")
+    return join_path(output, f"manifest-{manifest}.json")
 
 
 def list_tables(output: str, directories: Iterable[str] = (IMAGES_DIR, ANNOTATIONS_DIR, CANDIDATES_DIR)) -> TableFiles:
@@ -128,11 +127,10 @@ def list_tables(output: str, directories: Iterable[str] = (IMAGES_DIR, ANNOTATIO
 
 
 def _list_directory(output: str, directory: str) -> dict[ChunkKey, int]:
-    (match,) = FileSystems.match([FileSystems.join(escape_glob(output), directory, "*.parquet")])
     found = {}
-    for file in match.metadata_list:
-        if key := parse_chunk_name(FileSystems.split(file.path)[1]):  # people put other files there
-            found[key] = file.size_in_bytes
+    for file in list_directory(join_path(output, directory)):
+        if key := parse_chunk_name(file.path.rpartition("/")[2]):  # people put other files there
+            found[key] = file.num_bytes
     return found
 
 

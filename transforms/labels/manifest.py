@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from apache_beam.io.filesystems import FileSystems
-
 from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.files.paths import relative_path
 from maskbeam.transforms.files.storage import read_json, replace_file
+from maskbeam.transforms.files.systems import path_exists
 from maskbeam.transforms.labels.layout import ChunkKey, manifest_path
 from maskbeam.transforms.records import Shard, SourceFile
 
@@ -112,7 +111,7 @@ def read_manifest(output: str, run: dict[str, Any]) -> Manifest | None:
       run: content of run.json.
     """
     path = manifest_path(output, run.get("manifest") or "none")
-    if "manifest" not in run or not FileSystems.exists(path):
+    if "manifest" not in run or not path_exists(path):
         return None
     try:
         content = read_json(path)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from apache_beam.io.filesystem import CompressionTypes
-from apache_beam.io.filesystems import FileSystems
 
+from maskbeam.transforms.files.beam_files import CompressionTypes, FileSystems
 from maskbeam.transforms.files.parquet_file import open_parquet
 from maskbeam.transforms.labels.commit import read_report_file
 from maskbeam.transforms.labels.layout import (

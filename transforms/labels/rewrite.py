@@ -13,9 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
-from apache_beam.io.filesystem import CompressionTypes
-from apache_beam.io.filesystems import FileSystems
 
+from maskbeam.transforms.files.beam_files import CompressionTypes, FileSystems
 from maskbeam.transforms.files.parquet_file import open_parquet
 from maskbeam.transforms.files.paths import relative_path
 from maskbeam.transforms.files.storage import delete_files

@@ -15,12 +15,11 @@ from functools import lru_cache
 from typing import IO, Any
 
 import pyarrow as pa
-from apache_beam.io.filesystem import CompressionTypes
-from apache_beam.io.filesystems import FileSystems
 
 from maskbeam.transforms.files.parquet_file import open_parquet, read_table
 from maskbeam.transforms.files.storage import MAX_JSON_BYTES, read_json, read_json_bytes
 from maskbeam.transforms.files.strict_json import parse_json
+from maskbeam.transforms.files.systems import check_scheme, join_path, open_path, path_exists
 from maskbeam.transforms.formats.coco import COCO_FIELD, category_ids
 from maskbeam.transforms.images import ImageConfig
 from maskbeam.transforms.labels.check_tables import check_annotations, check_candidates, check_images
@@ -100,12 +99,12 @@ def read_run(labels: str) -> dict[str, Any]:
 
 
 def _read_run(labels: str) -> bytes:
-    path = FileSystems.join(labels, RUN_FILE)
-    FileSystems.get_filesystem(path)  # raises what is wrong with a path that is on none
+    path = join_path(labels, RUN_FILE)
+    check_scheme(path)
     try:
         return read_json_bytes(path, MAX_JSON_BYTES)
     except OSError as error:
-        if FileSystems.exists(path):
+        if path_exists(path):
             raise
         raise ValueError(f"{labels} holds no labels: there is no {RUN_FILE}. {_EXPECTED}") from error
     except ValueError as error:
@@ -113,7 +112,7 @@ def _read_run(labels: str) -> bytes:
 
 
 def _parse_run(labels: str, data: bytes) -> dict[str, Any]:
-    path = FileSystems.join(labels, RUN_FILE)
+    path = join_path(labels, RUN_FILE)
     try:
         run = parse_json(data)
     except ValueError as error:
@@ -172,8 +171,8 @@ def list_chunks(labels: str) -> list[ChunkKey]:
 
 def _check_complete(labels: str, num_chunks: int) -> None:
     """Compares the chunks that are there with those that the summary counts."""
-    path = FileSystems.join(labels, SUMMARY_FILE)
-    if not FileSystems.exists(path):
+    path = join_path(labels, SUMMARY_FILE)
+    if not path_exists(path):
         _log.warning("%s is not finished: this is what it has so far. Run the command that makes it again.", labels)
         return
     expected = read_json(path).get("chunks") or 0
@@ -193,7 +192,7 @@ def read_chunk(labels: str, chunk: ChunkKey) -> ChunkTables:
     max_pixels, categories = _limits(labels, _read_run(labels))
     name = chunk.file_name
     images = _read_checked_images(labels, name, max_pixels)
-    with _reading(FileSystems.join(labels, ANNOTATIONS_DIR, name)) as file:
+    with _reading(join_path(labels, ANNOTATIONS_DIR, name)) as file:
         annotations = _read_table(file, ANNOTATIONS)
         check_annotations(annotations, images, categories)
     return ChunkTables(chunk.shard, chunk.index, images, annotations)
@@ -237,14 +236,14 @@ def read_candidates(labels: str, chunk: ChunkKey, images: pa.Table, columns: lis
     Raises:
       DamagedFile: the file is not there, or not what it should be; names it, and the row.
     """
-    with _reading(FileSystems.join(labels, CANDIDATES_DIR, chunk.file_name)) as file:
+    with _reading(join_path(labels, CANDIDATES_DIR, chunk.file_name)) as file:
         candidates = read_table(file, CANDIDATES, columns)
         check_candidates(candidates, images, config)
     return candidates
 
 
 def _read_checked_images(labels: str, name: str, max_pixels: int) -> pa.Table:
-    with _reading(FileSystems.join(labels, IMAGES_DIR, name)) as file:
+    with _reading(join_path(labels, IMAGES_DIR, name)) as file:
         images = _read_table(file, IMAGES)
         check_images(images, max_pixels)
     return images
@@ -261,7 +260,7 @@ def _read_table(file: IO[bytes], schema: pa.Schema) -> pa.Table:
 def _reading(path: str) -> Iterator[IO[bytes]]:
     """A file of a chunk. What turns out to be wrong with it becomes the one sentence that a command ends with."""
     try:
-        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+        with open_path(path) as file:
             yield file
     except (ValueError, OSError, pa.ArrowException) as error:
         first_line = str(error).partition("\n")[0]

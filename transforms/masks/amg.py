@@ -314,11 +314,11 @@ def call_now(function: Callable[..., Any], *args: Any) -> Future[Any]:
     return future
 
 
-def label_image(sam: Sam, pixels: np.ndarray, config: AmgConfig, submit: Submit = call_now) -> ImageMasks:
+def label_image(sam: Sam, pixels: np.ndarray, config: AmgConfig = AmgConfig(), submit: Submit = call_now) -> ImageMasks:
     """Generates the masks of one image.
 
     Args:
-      sam: the model, from maskbeam.transforms.models.sam.model.load_sam.
+      sam: the model, from load_sam.
       pixels: (H, W, 3) uint8 RGB.
       submit: how to run batches of prompts and work on the host: `maskbeam.transforms.threads.host_threads().submit`
         does so side by side.

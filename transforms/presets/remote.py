@@ -9,10 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
-from apache_beam.io.filesystem import CompressionTypes
-from apache_beam.io.filesystems import FileSystems
-
-import maskbeam.transforms.files.s3  # noqa: F401  # one client for all files
+from maskbeam.transforms.files.systems import list_uri, open_path, scheme_of
 from maskbeam.transforms.models.check_preset import MAX_WEIGHTS_BYTES
 from maskbeam.transforms.presets.embedded import HUB_SCHEMES, PresetError, check_model_name, resolve_preset
 
@@ -29,11 +26,10 @@ def local_preset(preset: str) -> str:
     """
     check_model_name(preset)
     preset = resolve_preset(preset)
-    if FileSystems.get_scheme(preset) in (None, *HUB_SCHEMES):
+    if scheme_of(preset) in (None, *HUB_SCHEMES):
         return preset
     source = preset.rstrip("/") + "/"
-    found = FileSystems.match([source + "**"])[0].metadata_list
-    files = sorted((file.path, file.size_in_bytes, file.last_updated_in_seconds) for file in found)
+    files = sorted((file.path, file.num_bytes, file.last_updated) for file in list_uri(source + "**"))
     files = [file for file in files if not file[0].endswith("/")]  # object stores mark directories that way
     if source + "config.json" not in [path for path, _, _ in files]:
         what = "is no KerasHub preset: there is no config.json in it" if files else "is not there"
@@ -57,8 +53,5 @@ def local_preset(preset: str) -> str:
 
 def _copy(path: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as remote,
-        open(target, "wb") as local,
-    ):
+    with open_path(path) as remote, open(target, "wb") as local:
         shutil.copyfileobj(remote, local, 2**24)

@@ -689,16 +689,16 @@ def test_large_file_fails_without_being_kept(tmp_path: Path, monkeypatch: pytest
 
 
 class Flaky:
-    """Stands in for FileSystems: some of its opens and reads fail."""
+    """Stands in for a file system: some of its opens and reads fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Callable[[int, int], bool]) -> None:
         self.reads = 0
         self.waits: list[float] = []
         self._fails = fails
-        monkeypatch.setattr(source.FileSystems, "open", self.open)
+        monkeypatch.setattr(source, "open_path", self.open)
         monkeypatch.setattr(source.time, "sleep", self.waits.append)
 
-    def open(self, path: str, compression_type: str) -> "FlakyFile":
+    def open(self, path: str) -> "FlakyFile":
         return FlakyFile(self, open(path, "rb"))
 
     def check(self, position: int) -> None:
@@ -841,7 +841,7 @@ def test_loose_shard_is_one_chunk_with_its_own_index(tmp_path: Path) -> None:
 
 def test_finished_loose_files_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = make_loose(tmp_path, {"a.jpg": b"1"}, first_chunk=3)
-    monkeypatch.setattr(source.FileSystems, "open", lambda *arguments, **options: pytest.fail("opened"))
+    monkeypatch.setattr(source, "open_path", lambda path: pytest.fail("opened"))
     assert chunks_of(shard, 1, {3}) == []
 
 
