@@ -57,7 +57,7 @@ def sam() -> Sam:
 def test_same_logits_give_identical_records(name: str) -> None:
     case = read_case(name)
     with np.load(GOLDEN / f"{name}.npz") as stored:
-        fake = StoredSam(dict(stored), frame_size=128)
+        fake: Any = StoredSam(dict(stored), frame_size=128)
     actual = label_image(fake, read_pixels(case), AmgConfig(**case["settings"]))
     expected = [{**record, "bbox": [float(v) for v in record["bbox"]]} for record in case["masks"]]
     assert [as_record(mask) for mask in actual.masks] == expected
