@@ -371,6 +371,10 @@ class _WatchedSam:
         self.low_size = sam.low_size
         self.score = sam.score
         self.low_res_logits = sam.low_res_logits
+        self.prompt_batches = sam.prompt_batches
+        self.score_prompts = sam.score_prompts
+        self.refine_prompts = sam.refine_prompts
+        self.mask_logits = sam.mask_logits
         self._embed = sam.embed
         self._start_up = start_up
 
