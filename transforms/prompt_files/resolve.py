@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from maskbeam.transforms.formats.coco import OBJECT_CATEGORY, segmentation_to_counts
+from maskbeam.transforms.formats.coco import segmentation_to_counts
 from maskbeam.transforms.images import ImageConfig
 from maskbeam.transforms.prompt_files.config import PromptConfig
-from maskbeam.transforms.records import Prompts
+from maskbeam.transforms.records import CATEGORY_OBJECT, Prompts
 
 # EXIF orientations that swap width and height.
 _TURNED = range(5, 9)
@@ -117,7 +117,7 @@ def _category_id(row: Mapping[str, Any], categories: Mapping[int, str], named: M
         return named[name]
     if categories:
         raise ValueError("it has no class, while others have")
-    return int(str(OBJECT_CATEGORY["id"]))
+    return CATEGORY_OBJECT
 
 
 def _counts(

@@ -35,7 +35,7 @@ def test_prompts_of_every_kind() -> None:
     assert prompts.points_xy.tolist() == [[1, 2], [3, 4], [5, 6]]
     assert (prompts.point_labels.tolist(), prompts.first_point.tolist()) == ([1, 0, 1], [0, 0, 2, 3])
     assert (prompts.category_ids.tolist(), prompts.ids, prompts.masks) == ([7, 1, 1], ("x", "", ""), (None,) * 3)
-    np.testing.assert_array_equal(prompts.scores, np.float32([0.5, np.nan, np.nan]))
+    np.testing.assert_array_equal(prompts.scores, np.array([0.5, np.nan, np.nan], np.float32))
 
 
 def test_relative_numbers_are_fractions_of_the_sides() -> None:
