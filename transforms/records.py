@@ -161,6 +161,21 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class DroppedPrompt:
+    """A prompt that gets no mask, since no model could make sense of it; the image's others do.
+
+    Attributes:
+      index: which of the image's prompts.
+      id: as in Prompts.
+      reason: a clause for people: "its box lies outside ...".
+    """
+
+    index: int
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class EncodedImage:
     """One image as it lies in its shard, or the reason why it could not be read.
 

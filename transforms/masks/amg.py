@@ -34,7 +34,7 @@ from maskbeam.transforms.masks.select import (
     merge_crops,
     select_in_crop,
 )
-from maskbeam.transforms.records import CropBox, Dropped, Mask, Seconds, StoredCandidate
+from maskbeam.transforms.records import CropBox, Dropped, DroppedPrompt, Mask, Seconds, StoredCandidate
 from maskbeam.transforms.threads import one_blas_thread
 
 MASKS_PER_POINT = 3  # SAM's multimask output: whole, part, subpart
@@ -292,13 +292,23 @@ class SelectedInCrop:
 
 @dataclass(frozen=True)
 class ImageMasks:
-    """The masks of one image, in the reference's order; with keep_candidates its candidates, a tuple a crop."""
+    """The masks of one image.
+
+    Attributes:
+      masks: in the reference's order, or in that of the prompts.
+      num_candidates: equals len(masks) + dropped.total().
+      candidates: with keep_candidates, a tuple a crop.
+      dropped_prompts: those that the model was not given.
+      clipped_prompts: how many had a box that reached beyond the image.
+    """
 
     masks: tuple[Mask, ...]
     num_candidates: int
     dropped: Dropped
     seconds: Seconds
     candidates: tuple[tuple[StoredCandidate, ...], ...] = ()
+    dropped_prompts: tuple[DroppedPrompt, ...] = ()
+    clipped_prompts: int = 0
 
 
 Submit = Callable[..., "Future[Any]"]
