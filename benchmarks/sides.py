@@ -330,7 +330,7 @@ class _AnsweredReference:
 
         from benchmarks.parity import Decoded
 
-        prompt = np.abs(self._points_xy - mask.point_xy).sum(axis=1).argmin()
+        prompt = np.abs(self._points_xy - mask.prompt.points_xy[0]).sum(axis=1).argmin()
         predicted_iou = self._answers.predicted_iou[prompt]
         token = int(np.abs(predicted_iou - mask.predicted_iou).argmin())
         low = torch.from_numpy(self._answers.logits(np.array([prompt])))

@@ -34,7 +34,7 @@ from maskbeam.transforms.masks.select import (
     merge_crops,
     select_in_crop,
 )
-from maskbeam.transforms.records import CropBox, Dropped, DroppedPrompt, Mask, Seconds, StoredCandidate
+from maskbeam.transforms.records import CropBox, Dropped, DroppedPrompt, Mask, Prompt, Seconds, StoredCandidate
 from maskbeam.transforms.threads import one_blas_thread
 
 MASKS_PER_POINT = 3  # SAM's multimask output: whole, part, subpart
@@ -506,7 +506,7 @@ def _encode(candidate: Candidate, proposals: Proposals, size_hw: tuple[int, int]
     measured = candidate.measured
     scores = float(candidate.predicted_iou), float(measured.stability_score)
     point_xy = candidate.point_xy[0] + x0, candidate.point_xy[1] + y0
-    return Encoded.of(counts, size_hw, scores, point_xy, np.array(measured.box_xyxy), crop)
+    return Encoded.of(counts, size_hw, scores, Prompt((point_xy,)), np.array(measured.box_xyxy), crop)
 
 
 def _store(candidate: Candidate, crop: CropBox, encoded: Encoded | None) -> StoredCandidate:
