@@ -31,7 +31,7 @@ class FakeSam:
 
     frame_size = 64
     low_size = 16
-    prompt_batches = (2, 8)
+    prompt_batches: tuple[int, ...] = (2, 8)
 
     def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> np.ndarray:
         return frame.mean(axis=2)

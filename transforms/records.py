@@ -162,6 +162,25 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @classmethod
+    def of_boxes(cls, boxes_xyxy: np.ndarray) -> Prompts:
+        """One prompt for each box and nothing else: no class, no score, numbers as ids.
+
+        Args:
+          boxes_xyxy: (P, 4) pixels.
+        """
+        count = len(boxes_xyxy)
+        return cls(
+            boxes_xyxy=np.asarray(boxes_xyxy, np.float64),
+            points_xy=np.empty((0, 2)),
+            point_labels=np.empty(0, np.int8),
+            first_point=np.zeros(count + 1, np.int64),
+            masks=(None,) * count,
+            category_ids=np.full(count, CATEGORY_OBJECT, np.int32),
+            scores=np.full(count, np.nan, np.float32),
+            ids=tuple(str(index) for index in range(count)),
+        )
+
 
 @dataclass(frozen=True)
 class DroppedPrompt:

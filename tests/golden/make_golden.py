@@ -140,7 +140,7 @@ def make_prompts() -> None:
     backbone = keras_hub.models.SAMImageSegmenter.from_preset(str(PRESET), preprocessor=None).backbone
     predictor = SamPredictor(build_torch_sam(backbone))
     PROMPTS.mkdir(exist_ok=True)
-    low_res_logits = {}
+    low_res_logits: dict[str, Any] = {}
     for width, height in PROMPTED_IMAGES_WH:
         name = f"blobs_{width}x{height}"
         predictor.set_image(np.asarray(Image.open(GOLDEN / f"{name}.png").convert("RGB")))

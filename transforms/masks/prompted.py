@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -130,6 +131,45 @@ def label_prompts(
         return answer_prompts(sam, prepared, config, submit).result()
 
 
+class PromptedLabeler:
+    """Prompted masks as a labeler of chunks. Implements maskbeam.transforms.labeler.Labeler.
+
+    An image without a prompt need not be decoded for this: its answer is known, no mask of no candidate.
+    """
+
+    images_per_batch = 1
+    keep_candidates = False
+
+    def __init__(self, sam: Sam, config: PromptedConfig) -> None:
+        self._sam = sam
+        self._config = config
+
+    def prepare(self, pixels: np.ndarray, prompts: Prompts | None) -> PreparedPrompts:
+        """See Labeler.prepare. None is taken for no prompts: nothing is embedded."""
+        given = Prompts.of_boxes(np.empty((0, 4))) if prompts is None else prompts
+        return prepare_prompts(pixels, given, self._config, self._sam.frame_size)
+
+    def label(self, batch: Sequence[PreparedPrompts], submit: Submit) -> list[Future[ImageMasks]]:
+        """See Labeler.label."""
+        return [answer_prompts(self._sam, prepared, self._config, submit) for prepared in batch]
+
+    def probe(self, pixels: np.ndarray, submit: Submit) -> Future[ImageMasks]:
+        """See Labeler.probe: as many boxes as the run decodes at once, whatever the thresholds are."""
+        config = replace(self._config, pred_iou_thresh=0.0, stability_score_thresh=0.0)
+        count = _batch_sizes(self._sam, config)[-1]
+        height, width = pixels.shape[:2]
+        boxes = Prompts.of_boxes(np.tile([[width / 4, height / 4, width * 3 / 4, height * 3 / 4]], (count, 1)))
+        return answer_prompts(self._sam, prepare_prompts(pixels, boxes, config, self._sam.frame_size), config, submit)
+
+    def halve_batch(self) -> str | None:
+        """See Labeler.halve_batch: the next smaller size of batches that the model has, if there is one."""
+        sizes = _batch_sizes(self._sam, self._config)
+        if len(sizes) == 1:
+            return None
+        self._config = replace(self._config, points_per_batch=sizes[-2])
+        return f"points_per_batch is {sizes[-2]} instead of {sizes[-1]}"
+
+
 def prepare_prompts(pixels: np.ndarray, prompts: Prompts, config: PromptedConfig, frame_size: int) -> PreparedPrompts:
     """Checks the prompts and resizes the image. Everything after this is done without the image.
 
@@ -154,7 +194,7 @@ def answer_prompts(
     if prepared.frame is not None:
         context = sam.embed(prepared.frame, resized_hw(prepared.size_hw, sam.frame_size))
         upsampling = Upsampling.build(prepared.size_hw, sam.low_size, sam.frame_size)
-        sizes = tuple(size for size in sam.prompt_batches if size <= config.points_per_batch) or sam.prompt_batches[:1]
+        sizes = _batch_sizes(sam, config)
         batches = [
             submit(_answer_batch, sam, context, batch, prepared, upsampling, config)
             for batch in batch_prompts(prepared.checked, prepared.size_hw, sam.frame_size, sizes)
@@ -162,6 +202,11 @@ def answer_prompts(
     seconds = Seconds(embed=time.perf_counter() - start)
     # It waits for batches that were submitted before it, so a pool of any size gets through.
     return submit(_collect, batches, prepared.checked, seconds)
+
+
+def _batch_sizes(sam: Sam, config: PromptedConfig) -> tuple[int, ...]:
+    """The model's sizes of batches that points_per_batch allows; at least the smallest one."""
+    return tuple(size for size in sam.prompt_batches if size <= config.points_per_batch) or sam.prompt_batches[:1]
 
 
 def _collect(batches: list[Future[_Answered]], checked: CheckedPrompts, seconds: Seconds) -> ImageMasks:

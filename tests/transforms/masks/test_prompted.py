@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskbeam.transforms.masks.amg import ImageMasks, ModelOutputError
-from maskbeam.transforms.masks.prompted import PromptedConfig, label_prompts
+from maskbeam.transforms.masks.amg import ImageMasks, ModelOutputError, call_now
+from maskbeam.transforms.masks.prompted import PromptedConfig, PromptedLabeler, label_prompts
 from maskbeam.transforms.masks.rle import counts_to_mask
 from maskbeam.transforms.records import Dropped, Mask
 from tests.fakes import FakeSam, FakeScored
@@ -21,11 +21,11 @@ from tests.transforms.masks.test_prompts import square, to_prompts
 SIZE_HW = (48, 64)  # goes into FakeSam's frame as it is
 PIXELS = np.random.default_rng(0).integers(0, 256, (*SIZE_HW, 3), np.uint8)
 
-CLICK = {"points": [[20, 20]], "category": 7}
-BOX = {"box": [10, 8, 30, 40], "category": 3, "score": 0.25}
-POINTS = {"points": [[20, 20], [40, 24], [30, 30]], "labels": [1, 1, 0], "category": 5}
-COARSE = {"mask": square(30, 10, 50, 30, SIZE_HW), "category": 3}
-OUTSIDE = {"box": [64, 0, 70, 9]}
+CLICK: dict[str, Any] = {"points": [[20, 20]], "category": 7}
+BOX: dict[str, Any] = {"box": [10, 8, 30, 40], "category": 3, "score": 0.25}
+POINTS: dict[str, Any] = {"points": [[20, 20], [40, 24], [30, 30]], "labels": [1, 1, 0], "category": 5}
+COARSE: dict[str, Any] = {"mask": square(30, 10, 50, 30, SIZE_HW), "category": 3}
+OUTSIDE: dict[str, Any] = {"box": [64, 0, 70, 9]}
 
 
 def label(*prompts: dict[str, Any], sam: FakeSam | None = None, **settings: Any) -> ImageMasks:
@@ -196,6 +196,44 @@ def test_what_is_not_finite_is_a_sick_device(method: str) -> None:
     setattr(Sick, method, ill)
     with pytest.raises(ModelOutputError, match="not finite"):
         label(BOX, sam=Sick())
+
+
+def test_the_labeler_gives_what_label_prompts_gives() -> None:
+    labeler, given = PromptedLabeler(FakeSam(), PromptedConfig()), [to_prompts(CLICK, OUTSIDE), to_prompts(BOX, BOX)]
+    prepared = [labeler.prepare(PIXELS, prompts) for prompts in given]
+    results = [future.result() for future in labeler.label(prepared, call_now)]
+    for result, prompts in zip(results, given, strict=True):
+        expected = label_prompts(FakeSam(), PIXELS, prompts)
+        assert (result.masks, result.dropped_prompts) == (expected.masks, expected.dropped_prompts)
+
+
+def test_the_labeler_embeds_nothing_where_nobody_asks() -> None:
+    labeler = PromptedLabeler(NoEmbedding(), PromptedConfig())
+    (future,) = labeler.label([labeler.prepare(PIXELS, None)], call_now)
+    assert (future.result().masks, future.result().num_candidates) == ((), 0)
+
+
+def test_the_probe_goes_through_all_of_the_model_with_a_full_batch() -> None:
+    result = PromptedLabeler(FakeSam(), PromptedConfig(pred_iou_thresh=1)).probe(PIXELS, call_now).result()
+    assert len(result.masks) == 8
+
+
+def test_out_of_memory_halves_the_batch_once_and_no_mask_changes() -> None:
+    sizes: list[int] = []
+
+    class Watched(FakeSam):
+        def score_prompts(self, context: Any, coords_xy: Any, labels: Any, masks: Any, batch_size: int) -> FakeScored:
+            sizes.append(batch_size)
+            return super().score_prompts(context, coords_xy, labels, masks, batch_size)
+
+    labeler, prompts = PromptedLabeler(Watched(), PromptedConfig()), to_prompts(*[CLICK, BOX] * 3)
+    results = []
+    for changed in ("points_per_batch is 2 instead of 8", None):
+        (future,) = labeler.label([labeler.prepare(PIXELS, prompts)], call_now)
+        results.append(future.result().masks)
+        assert labeler.halve_batch() == changed
+    assert sizes == [8, 2, 2, 2]
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize(

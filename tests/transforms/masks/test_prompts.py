@@ -68,7 +68,7 @@ def to_prompts(*given: dict[str, Any]) -> Prompts:
 
 
 SIZE_HW = (30, 40)
-GOOD_BOX = {"box": [4, 5, 20, 25]}
+GOOD_BOX: dict[str, Any] = {"box": [4, 5, 20, 25]}
 
 
 def square(x0: int, y0: int, x1: int, y1: int, size_hw: tuple[int, int] = SIZE_HW) -> str:
