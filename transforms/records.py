@@ -369,6 +369,25 @@ class Seconds(Sums):
 
 
 @dataclass(frozen=True)
+class ImageMasks:
+    """What a labeler makes of one image. The fields are those of LabeledImage; seconds are those it took here.
+
+    Attributes:
+      dropped_prompts: what could not be used of the image's prompts, and why; as many as dropped.prompt.
+      clipped_prompts: prompts whose box reached beyond the image and was clipped to it.
+    """
+
+    masks: tuple[Mask, ...]
+    num_candidates: int
+    dropped: Dropped
+    seconds: Seconds
+    candidates: tuple[tuple[StoredCandidate, ...], ...] = ()
+    num_prompts: int | None = None
+    dropped_prompts: tuple[DroppedPrompt, ...] = ()
+    clipped_prompts: int = 0
+
+
+@dataclass(frozen=True)
 class WorkerTime(Sums):
     """Wall time of worker processes in seconds, summed over them, so that it gives the pace of one.
 

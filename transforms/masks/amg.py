@@ -34,8 +34,8 @@ from maskbeam.transforms.masks.select import (
     merge_crops,
     select_in_crop,
 )
-from maskbeam.transforms.records import CropBox, Dropped, DroppedPrompt, Mask, Prompt, Seconds, StoredCandidate
-from maskbeam.transforms.threads import one_blas_thread
+from maskbeam.transforms.records import CropBox, Dropped, ImageMasks, Prompt, Seconds, StoredCandidate
+from maskbeam.transforms.threads import Submit, call_now, one_blas_thread
 
 MASKS_PER_POINT = 3  # SAM's multimask output: whole, part, subpart
 
@@ -288,40 +288,6 @@ class SelectedInCrop:
     dropped: Dropped
     seconds: Seconds
     candidates: tuple[StoredCandidate, ...]  # none without keep_candidates
-
-
-@dataclass(frozen=True)
-class ImageMasks:
-    """The masks of one image.
-
-    Attributes:
-      masks: in the reference's order, or in that of the prompts.
-      num_candidates: equals len(masks) + dropped.total().
-      candidates: with keep_candidates, a tuple a crop.
-      dropped_prompts: those that the model was not given.
-      clipped_prompts: how many had a box that reached beyond the image.
-    """
-
-    masks: tuple[Mask, ...]
-    num_candidates: int
-    dropped: Dropped
-    seconds: Seconds
-    candidates: tuple[tuple[StoredCandidate, ...], ...] = ()
-    dropped_prompts: tuple[DroppedPrompt, ...] = ()
-    clipped_prompts: int = 0
-
-
-Submit = Callable[..., "Future[Any]"]
-
-
-def call_now(function: Callable[..., Any], *args: Any) -> Future[Any]:
-    """A Submit without threads: runs the call at once."""
-    future: Future[Any] = Future()
-    try:
-        future.set_result(function(*args))
-    except Exception as error:
-        future.set_exception(error)
-    return future
 
 
 def label_image(sam: Sam, pixels: np.ndarray, config: AmgConfig, submit: Submit = call_now) -> ImageMasks:

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from maskbeam.transforms.masks import rle
-from maskbeam.transforms.masks.amg import ImageMasks, ModelOutputError, Sam, Scored, Submit, call_now
+from maskbeam.transforms.masks.amg import ModelOutputError, Sam, Scored
 from maskbeam.transforms.masks.candidates import mask_to_runs, measure_mask
 from maskbeam.transforms.masks.frame import Upsampling, resized_hw, to_frame
 from maskbeam.transforms.masks.prompts import (
@@ -34,8 +34,8 @@ from maskbeam.transforms.masks.prompts import (
     mask_to_logits,
 )
 from maskbeam.transforms.masks.select import check_range
-from maskbeam.transforms.records import Dropped, Mask, Prompts, Seconds
-from maskbeam.transforms.threads import one_blas_thread
+from maskbeam.transforms.records import Dropped, ImageMasks, Mask, Prompts, Seconds
+from maskbeam.transforms.threads import Submit, call_now, one_blas_thread
 
 # How SAM 2 asks whether mask 0 is stable (mask_decoder.py, _dynamic_multimask_via_stability): at low resolution.
 _STABLE_OFFSET = 0.05
@@ -219,6 +219,7 @@ def _collect(batches: list[Future[_Answered]], checked: CheckedPrompts, seconds:
         num_candidates=len(masks) + dropped.total(),
         dropped=dropped,
         seconds=sum((batch.seconds for batch in answered), seconds),
+        num_prompts=len(checked.prompts),
         dropped_prompts=checked.dropped,
         clipped_prompts=checked.clipped,
     )

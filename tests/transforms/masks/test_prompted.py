@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskbeam.transforms.masks.amg import ImageMasks, ModelOutputError, call_now
+from maskbeam.transforms.masks.amg import ModelOutputError
 from maskbeam.transforms.masks.prompted import PromptedConfig, PromptedLabeler, label_prompts
 from maskbeam.transforms.masks.rle import counts_to_mask
-from maskbeam.transforms.records import Dropped, Mask
+from maskbeam.transforms.records import Dropped, ImageMasks, Mask
+from maskbeam.transforms.threads import call_now
 from tests.fakes import FakeSam, FakeScored
 from tests.transforms.masks.test_prompts import square, to_prompts
 
@@ -164,6 +165,7 @@ def test_every_prompt_is_accounted_for(
     )
     bad = result.dropped.prompt
     assert bad == len(result.dropped_prompts)
+    assert result.num_prompts == len(prompts)
     assert len(result.masks) + result.dropped.total() == result.num_candidates
     assert result.num_candidates - bad == (len(prompts) - bad) * (4 if choice == "all" else 1)
 

@@ -138,7 +138,7 @@ def test_a_box_that_reaches_beyond_the_image_is_clipped_and_counted() -> None:
 def test_a_margin_grows_a_box_but_not_out_of_the_image() -> None:
     """A tenth of 16 x 20 pixels, and of 10 x 10 that touch two edges; the margin itself is not counted as clipped."""
     checked = check_prompts(to_prompts(GOOD_BOX, {"box": [30, 20, 40, 30]}), SIZE_HW, box_margin=0.1)
-    np.testing.assert_allclose(checked.prompts.boxes_xyxy, [[2.4, 3, 21.6, 27], [29, 19, 40, 30]])
+    np.testing.assert_allclose(checked.prompts.boxes_xyxy, [[2.4, 3.0, 21.6, 27.0], [29.0, 19.0, 40.0, 30.0]])
     assert checked.clipped == 0
 
 

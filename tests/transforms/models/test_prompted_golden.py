@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 from maskbeam.transforms.masks import prompted
-from maskbeam.transforms.masks.amg import ImageMasks, Sam
+from maskbeam.transforms.masks.amg import Sam
 from maskbeam.transforms.masks.candidates import Measured, measure_mask
 from maskbeam.transforms.masks.prompted import PromptedConfig, label_prompts
 from maskbeam.transforms.masks.rle import counts_to_mask
 from maskbeam.transforms.models.sam.model import load_sam
-from maskbeam.transforms.records import Prompts
+from maskbeam.transforms.records import ImageMasks, Prompts
 from tests.fakes import StoredPrompts
 
 GOLDEN = Path(__file__).parents[2] / "golden"
