@@ -211,7 +211,7 @@ class PhotoRuns:
         reference, ours = self.runs["reference"][0].masks, self.runs["ours"][0].masks
         identical = count_identical(reference, ours)
         same_order = len(reference) == len(ours) and all(
-            one.point_xy == other.point_xy and abs(one.predicted_iou - other.predicted_iou) <= 1e-5
+            one.prompt == other.prompt and abs(one.predicted_iou - other.predicted_iou) <= 1e-5
             for one, other in zip(reference, ours, strict=True)
         )
         return len(reference), len(ours), identical, same_order

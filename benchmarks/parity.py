@@ -33,7 +33,7 @@ from benchmarks.reference import Sam, SamAutomaticMaskGenerator, build_torch_sam
 from maskbeam.transforms.masks import rle
 from maskbeam.transforms.masks.amg import AmgConfig, label_image
 from maskbeam.transforms.models.sam.model import load_backbone, load_sam
-from maskbeam.transforms.records import Mask
+from maskbeam.transforms.records import Mask, Prompt
 
 IDENTICAL_FRACTION = 0.97  # of all RLE strings
 LOGIT_ROUNDING = 1e-4  # of mask logits, between frameworks
@@ -72,7 +72,7 @@ class Reference:
             if mask.crop_box_xywh != self._crop_box:
                 self._predictor.set_image(self._pixels[y : y + h, x : x + w])
                 self._crop_box = mask.crop_box_xywh
-            point = self._predictor.transform.apply_coords(np.array([[mask.point_xy]]) - [x, y], (h, w))
+            point = self._predictor.transform.apply_coords(np.array([[mask.prompt.points_xy[0]]]) - [x, y], (h, w))
             logits, predicted_iou, _ = self._predictor.predict_torch(
                 torch.from_numpy(point), torch.ones(1, 1, dtype=torch.int), multimask_output=True, return_logits=True
             )
@@ -143,7 +143,7 @@ def read_masks(case: dict[str, Any]) -> tuple[Mask, ...]:
             area=record["area"],
             predicted_iou=record["predicted_iou"],
             stability_score=record["stability_score"],
-            point_xy=tuple(record["point_coords"][0]),
+            prompt=Prompt((tuple(record["point_coords"][0]),)),
             crop_box_xywh=_floats(*record["crop_box"]),
         )
         for record in case["masks"]
@@ -197,10 +197,10 @@ def match(reference: tuple[Mask, ...], ours: tuple[Mask, ...]) -> list[tuple[int
     """Pairs (i, j) of the masks that the same prompt made on both sides: same crop, point and predicted IoU."""
     by_prompt: dict[Any, list[int]] = defaultdict(list)
     for j, mask in enumerate(ours):
-        by_prompt[mask.crop_box_xywh, mask.point_xy].append(j)
+        by_prompt[mask.crop_box_xywh, mask.prompt.points_xy[0]].append(j)
     pairs = []
     for i, mask in enumerate(reference):
-        candidates = by_prompt[mask.crop_box_xywh, mask.point_xy]
+        candidates = by_prompt[mask.crop_box_xywh, mask.prompt.points_xy[0]]
         if not candidates:
             continue
         nearest = min(candidates, key=lambda j: abs(ours[j].predicted_iou - reference[i].predicted_iou))
@@ -343,7 +343,7 @@ def _compare_order(
 
 def _name(mask: Mask) -> str:
     """A mask by what made it."""
-    x, y = mask.point_xy
+    x, y = mask.prompt.points_xy[0]
     return f"mask at ({x:g}, {y:g}) of crop {tuple(int(v) for v in mask.crop_box_xywh)}, IoU {mask.predicted_iou:.4f}"
 
 

@@ -140,12 +140,14 @@ class Ours:
 
     def run_in_flight(self, data: bytes, copies: int, answers: Answers | None) -> float:
         """Seconds an image when `copies` of one encoded photo go through the pipeline's model stage."""
-        from maskbeam.transforms.generate_masks import ModelHealth, label_chunk
+        from maskbeam.transforms.generate_masks import label_chunk
+        from maskbeam.transforms.masks.automatic import AutomaticLabeler
+        from maskbeam.transforms.model_health import ModelHealth
 
         sam = self.sam if answers is None else AnsweringSam(self.sam, answers)
         start = time.perf_counter()
         labeled = label_chunk(
-            sam, chunk_of([data] * copies), ImageConfig(), self.config, self._threads, ModelHealth()
+            AutomaticLabeler(sam, self.config), chunk_of([data] * copies), ImageConfig(), self._threads, ModelHealth()
         ).images
         seconds = time.perf_counter() - start
         failures = [image.failure.reason for image in labeled if image.failure]
@@ -330,7 +332,7 @@ class _AnsweredReference:
 
         from benchmarks.parity import Decoded
 
-        prompt = np.abs(self._points_xy - mask.point_xy).sum(axis=1).argmin()
+        prompt = np.abs(self._points_xy - mask.prompt.points_xy[0]).sum(axis=1).argmin()
         predicted_iou = self._answers.predicted_iou[prompt]
         token = int(np.abs(predicted_iou - mask.predicted_iou).argmin())
         low = torch.from_numpy(self._answers.logits(np.array([prompt])))

@@ -30,7 +30,7 @@ from benchmarks.reference import STAND_INS, Sam, importable_torchvision
 from benchmarks.sides import Function, Run, answering, timed_stages
 from maskbeam.transforms.masks import rle
 from maskbeam.transforms.masks.amg import AmgConfig
-from maskbeam.transforms.records import Mask
+from maskbeam.transforms.records import Mask, Prompt
 
 NETWORK_ROUNDING = 1e-4  # between the two networks, as a share of the largest value (or of 1, if that is larger)
 
@@ -257,7 +257,7 @@ def _read_masks(output: dict[str, Any]) -> tuple[Mask, ...]:
                 area=area,
                 predicted_iou=predicted_iou,
                 stability_score=float("nan"),
-                point_xy=(float("nan"), float("nan")),
+                prompt=Prompt(((float("nan"), float("nan")),)),
                 crop_box_xywh=(0.0, 0.0, float(width), float(height)),
             )
         )

@@ -16,16 +16,22 @@ class FakeScored:
 
     points_xy: np.ndarray
     iou: np.ndarray
+    refined: int = 0
 
     def predicted_iou(self) -> np.ndarray:
         return self.iou
 
 
 class FakeSam:
-    """Implements Sam of maskbeam.transforms.masks.amg on a 64-pixel frame. Other images, other masks."""
+    """Implements Sam of maskbeam.transforms.masks.amg on a 64-pixel frame. Other images, other masks.
+
+    A prompt of score_prompts gets a disc, too: around the middle of its foreground points, its box or its mask. Mask 0
+    is as sure of itself as mask 1, and a little larger; each refinement makes both surer and the masks a pixel wider.
+    """
 
     frame_size = 64
     low_size = 16
+    prompt_batches = (2, 8)
 
     def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> np.ndarray:
         return frame.mean(axis=2)
@@ -43,6 +49,46 @@ class FakeSam:
         )
         radii = np.array([8.0, 14.0, 24.0])[None, :, None, None]
         return ((radii - distance[:, None]) * 2).astype(np.float32)
+
+    def score_prompts(
+        self,
+        context: np.ndarray,
+        coords_xy: np.ndarray,
+        labels: np.ndarray,
+        masks: np.ndarray | None,
+        batch_size: int,
+    ) -> FakeScored:
+        assert batch_size in self.prompt_batches and len(labels) <= batch_size
+        given = [None] * len(labels) if masks is None else masks
+        centres = np.array([self._centre(*prompt) for prompt in zip(coords_xy, labels, given, strict=True)])
+        return FakeScored(centres, self._all_iou(context, centres))
+
+    def refine_prompts(
+        self,
+        context: np.ndarray,
+        coords_xy: np.ndarray,
+        labels: np.ndarray,
+        scored: FakeScored,
+        tokens: np.ndarray,
+    ) -> FakeScored:
+        return FakeScored(scored.points_xy, scored.iou + np.float32(0.01), scored.refined + 1)
+
+    def mask_logits(self, scored: FakeScored, prompts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        three = self.low_res_logits(scored, prompts)
+        four = np.concatenate([three[:, :1] + 4, three], axis=1) + 2 * scored.refined
+        return four[np.arange(len(prompts)), tokens]
+
+    def _all_iou(self, context: np.ndarray, points_xy: np.ndarray) -> np.ndarray:
+        three = self.score(context, points_xy, len(points_xy)).iou
+        return np.concatenate([three[:, :1], three], axis=1)
+
+    def _centre(self, coords_xy: np.ndarray, labels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        real = labels > 0
+        if real.any():
+            return coords_xy[real].mean(axis=0)
+        if mask is not None:
+            return (np.argwhere(mask > 0).mean(axis=0)[::-1] + 0.5) * self.frame_size / self.low_size
+        return np.full(2, self.frame_size / 2)
 
 
 def load_fake(config: ModelConfig) -> Any:

@@ -17,6 +17,9 @@ MAX_FAILURES_SHOWN = 10
 # Names of annotations in a summary.
 MAX_ANNOTATIONS_SHOWN = 10
 
+# The class of masks that have none: SAM finds objects, and knows no classes.
+CATEGORY_OBJECT = 1
+
 
 # A byte that is not UTF-8, or the backslash of a name that looks like one.
 _ESCAPE = re.compile(r"\\x([89a-f][0-9a-f]|5c)")
@@ -102,7 +105,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an image has no masks: the stage ("read", "decode" or "model") and a sentence for people."""
+    """Why an image has no masks: the stage ("read", "decode", "prompt" or "model") and a sentence for people."""
 
     stage: str
     reason: str
@@ -172,6 +175,7 @@ class EncodedImage:
       data: the file's bytes; empty where reading failed.
       failure: set where reading failed.
       annotations: other images of its sample, which are not labeled.
+      prompts: what to find in it, where its record says so; None = nothing said.
     """
 
     image_id: str
@@ -181,6 +185,7 @@ class EncodedImage:
     data: bytes
     failure: Failure | None = None
     annotations: Annotations = NO_ANNOTATIONS
+    prompts: Prompts | None = None
 
 
 @dataclass(frozen=True)
@@ -212,8 +217,12 @@ class Sums:
 
 @dataclass(frozen=True)
 class Dropped(Sums):
-    """How many candidate masks each filter removed, in the order of the filters."""
+    """How many candidate masks each filter removed, in the order of the filters.
 
+    `prompt` counts prompts that cannot be used, before the model sees them; each counts as one candidate.
+    """
+
+    prompt: int = 0
     predicted_iou: int = 0
     stability: int = 0
     crop_edge: int = 0
@@ -229,6 +238,30 @@ class Dropped(Sums):
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What one mask answers: a point of the grid, or the prompt that somebody gave.
+
+    Attributes:
+      points_xy: (x, y) of its points in pixels of the image; one for a point of the grid, NaN where an imported mask
+        has none.
+      index: position among the image's prompts; None for a point of the grid, which has nothing of what follows.
+      id: what its source calls it.
+      point_labels: one for each point, 1 = on the object, 0 = beside it.
+      box_xywh: pixels of the image, as the model got it; None = no box.
+      mask: whether it has a coarse mask.
+      score: a detector's confidence; None = not known.
+    """
+
+    points_xy: tuple[tuple[float, float], ...]
+    index: int | None = None
+    id: str | None = None
+    point_labels: tuple[int, ...] = ()
+    box_xywh: tuple[float, float, float, float] | None = None
+    mask: bool = False
+    score: float | None = None
+
+
+@dataclass(frozen=True)
 class Mask:
     """One mask of one image, ready to be written.
 
@@ -240,10 +273,13 @@ class Mask:
       predicted_iou: the model's own estimate of the mask's IoU with the object; of an imported mask its score, or NaN.
       stability_score: IoU of the mask cut at a higher and at a lower logit, [0, 1]; NaN where both are empty, and where
         an imported mask has none.
-      point_xy: the prompt that made it, in pixels of the image; NaN where an imported mask has none.
+      prompt: what it answers.
       crop_box_xywh: the crop it was made in, pixels of the image; all of the image where an imported mask has none.
       parent_id: mask_index of the smallest mask of the image that contains it; None if there is none, or if nobody
         looked (`label` does not).
+      category_id: its class.
+      iscrowd: 1 = a crowd, as COCO has them; else 0.
+      mask_token: which of the model's masks for the prompt it is, 0..3; None for a point of the grid.
     """
 
     size_hw: tuple[int, int]
@@ -252,9 +288,12 @@ class Mask:
     area: int
     predicted_iou: float
     stability_score: float
-    point_xy: tuple[float, float]
+    prompt: Prompt
     crop_box_xywh: tuple[float, float, float, float]
     parent_id: int | None = None
+    category_id: int = CATEGORY_OBJECT
+    iscrowd: int = 0
+    mask_token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -293,6 +332,17 @@ class Seconds(Sums):
 
     def total(self) -> float:
         return sum(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(frozen=True)
+class ImageMasks:
+    """What a labeler makes of one image. The fields are those of LabeledImage; seconds are those it took here."""
+
+    masks: tuple[Mask, ...]
+    num_candidates: int
+    dropped: Dropped
+    seconds: Seconds
+    candidates: tuple[tuple[StoredCandidate, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -337,8 +387,12 @@ class LabeledImage:
       sha256: of the bytes, hex; empty where there were none.
       size_hw: (H, W) in pixels after orientation; None where decoding failed.
       exif_orientation: 1..8 as stored in the file, 1 where it says nothing.
-      num_candidates: prompts x 3, or the masks of an imported image; equals len(masks) + dropped.total().
-      candidates: with keep_candidates those above the bar, a tuple a crop, as the model proposed them.
+      num_candidates: masks that could have become rows: points of the grid x 3, the image's prompts (each of those that
+        can be used x 4 if all of its masks are wanted), or the masks of an imported image. Equals len(masks) +
+        dropped.total().
+      candidates: with keep_candidates those above the bar, one tuple for each crop, as the model proposed them.
+      num_prompts: that the image was given; None where it was a grid, or where it was imported.
+      prompts_key: the key that its prompts were found by; None where there is none.
     """
 
     source: EncodedImage
@@ -352,6 +406,8 @@ class LabeledImage:
     failure: Failure | None = None
     seconds: Seconds = Seconds()
     candidates: tuple[tuple[StoredCandidate, ...], ...] = ()
+    num_prompts: int | None = None
+    prompts_key: str | None = None
 
     @property
     def status(self) -> str:

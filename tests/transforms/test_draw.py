@@ -7,14 +7,14 @@ import pytest
 
 from maskbeam.transforms.draw import contact_sheet, draw_masks, mask_color
 from maskbeam.transforms.masks.rle import bits_to_runs, runs_to_counts
-from maskbeam.transforms.records import Mask
+from maskbeam.transforms.records import Mask, Prompt
 
 OPACITY = 0.45
 
 
 def to_mask(bits: np.ndarray) -> Mask:
     counts = runs_to_counts(bits_to_runs(bits.T, (0, 0), bits.shape))
-    return Mask(bits.shape, counts, (0, 0, 0, 0), int(bits.sum()), 1.0, 1.0, (0, 0), (0, 0, 0, 0))
+    return Mask(bits.shape, counts, (0, 0, 0, 0), int(bits.sum()), 1.0, 1.0, Prompt(((0, 0),)), (0, 0, 0, 0))
 
 
 def square(first: int, last: int, side: int = 9) -> np.ndarray:

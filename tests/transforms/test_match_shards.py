@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskbeam.transforms import chunks
 from maskbeam.transforms import match_shards as match
+from maskbeam.transforms.files import paths as listing
 from maskbeam.transforms.labels.layout import shard_name
 from maskbeam.transforms.match_shards import InputConfig, Matched, check_output, match_shards
-from maskbeam.transforms.readers import shard as read
 from maskbeam.transforms.readers.samples import ReadConfig
 from maskbeam.transforms.records import SourceFile
 from tests.memory_store import STORE
@@ -50,7 +51,7 @@ def match_all(*patterns: object, **config: object) -> Matched:
 
 def paths(matched: Matched) -> list[str]:
     """All files of all shards, relative to root."""
-    return [read.relative_path(file.path, matched.root) for shard in matched.shards for file in shard.files]
+    return [listing.relative_path(file.path, matched.root) for shard in matched.shards for file in shard.files]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_root(patterns: list[str], expected: str, system: str, tmp_path: Path, b
 )
 def test_root_at_the_top(patterns: list[str], expected: str, bucket: dict[str, bytes], monkeypatch) -> None:  # type: ignore[no-untyped-def]
     bucket.update({"mem://a/x.jpg": b"x", "mem://b/x.jpg": b"x"})
-    monkeypatch.setattr(match, "_walk", lambda directory, parts: iter([SourceFile("/x.jpg", 1)]))
+    monkeypatch.setattr(listing, "_walk", lambda directory, parts: iter([SourceFile("/x.jpg", 1)]))
     assert match_all(*patterns).root == expected
 
 
@@ -316,7 +317,7 @@ def test_loose_files_become_a_shard_a_chunk(tmp_path: Path) -> None:
 
 
 def test_loose_shard_closes_at_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "CHUNK_BYTES", 10)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 10)
     for name, size in (("a", 6), ("b", 4), ("c", 1), ("d", 11), ("e", 1)):
         (tmp_path / f"{name}.jpg").write_bytes(b"x" * size)
     assert [[f.num_bytes for f in shard.files] for shard in match_all(tmp_path).shards] == [[6, 4], [1], [11], [1]]

@@ -29,6 +29,7 @@ from maskbeam.transforms.records import (
     LabeledChunk,
     LabeledImage,
     Mask,
+    Prompt,
     Shard,
     SourceFile,
     StoredCandidate,
@@ -40,7 +41,7 @@ from maskbeam.transforms.write_parquet import TooManyFailures, WriteParquet
 RUN: dict[str, Any] = {"root": "/", "versions": {"python": "3"}}
 SHARD = Shard("a%2Fs.tar", "/a/s.tar", "tar", (SourceFile("/a/s.tar", 1000),))
 # The 2x2 mask with its right column set: column-major runs [2, 2], "22" compressed.
-MASK = Mask((2, 2), "22", (1.0, 0.0, 1.0, 2.0), 2, 0.5, 0.75, (1.5, 0.5), (0.0, 0.0, 2.0, 2.0))
+MASK = Mask((2, 2), "22", (1.0, 0.0, 1.0, 2.0), 2, 0.5, 0.75, Prompt(((1.5, 0.5),)), (0.0, 0.0, 2.0, 2.0))
 
 
 def labeled(row: int) -> LabeledImage:

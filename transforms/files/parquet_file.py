@@ -73,7 +73,7 @@ def _open_parquet(file: IO[bytes], footer: bytes) -> pq.ParquetFile:
     )
 
 
-def read_table(file: IO[bytes], schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
+def read_table(file: IO[bytes], schema: pa.Schema, columns: Sequence[str], optional: Collection[str] = ()) -> pa.Table:
     """Reads a table whole; that it may have other columns, too, does not matter.
 
     Args:
@@ -81,6 +81,7 @@ def read_table(file: IO[bytes], schema: pa.Schema, columns: Sequence[str]) -> pa
       schema: fields that its columns must have; the names within lists, and whether values may be null, are not
         looked at.
       columns: of the schema; "segmentation.counts" is a part of one.
+      optional: columns that are null if the file does not have them.
 
     Returns:
       a table with the types of the schema and the metadata of the file; any value may be null.
@@ -93,7 +94,10 @@ def read_table(file: IO[bytes], schema: pa.Schema, columns: Sequence[str]) -> pa
     if len(footer) > _MAX_FOOTER_BYTES:
         raise ValueError(f"its footer has {len(footer)} bytes; at most {_MAX_FOOTER_BYTES} are read")
     parquet = _open_parquet(file, footer)
-    expected, found = _part_of(schema, columns), parquet.schema_arrow
+    found = parquet.schema_arrow
+    absent = {name for name in optional if name not in found.names}
+    present = [name for name in columns if name not in absent]
+    expected = _part_of(schema, present)
     for field in expected:
         if field.name not in found.names:
             raise ValueError(f"it has no column {field.name}: it was not written by maskbeam, or by another version")
@@ -102,7 +106,7 @@ def read_table(file: IO[bytes], schema: pa.Schema, columns: Sequence[str]) -> pa
     # Rows that are read together: a few, if each may be a long text of which the file has only one.
     num_rows = max(1, _BATCH_BYTES // max(1, _check_pages(file, footer, expected, allowed)))
     batches, num_bytes = [], 0
-    for batch in parquet.iter_batches(batch_size=num_rows, columns=list(columns), use_threads=False):
+    for batch in parquet.iter_batches(batch_size=num_rows, columns=present, use_threads=False):
         batches.append(batch)
         num_bytes += batch.nbytes
         if num_bytes > allowed:
@@ -112,6 +116,10 @@ def read_table(file: IO[bytes], schema: pa.Schema, columns: Sequence[str]) -> pa
     table = pa.Table.from_batches(batches, batches[0].schema) if batches else nullable.empty_table()
     table = table.combine_chunks().cast(nullable)
     table.validate(full=True)
+    for index, name in enumerate(columns):
+        if name in absent:
+            field = _nullable(schema.field(name))
+            table = table.add_column(index, field, pa.nulls(table.num_rows, field.type))
     return table
 
 

@@ -17,9 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from maskbeam.transforms.formats.polygons import PolygonLoss, counts_to_outlines, polygons_iou
-from maskbeam.transforms.labels.schema import CATEGORY_OBJECT
 from maskbeam.transforms.masks import rle
-from maskbeam.transforms.records import EncodedImage, LabeledImage, Mask
+from maskbeam.transforms.records import CATEGORY_OBJECT, EncodedImage, LabeledImage, Mask, Prompt
 
 COCO_FIELD = pa.field(
     "coco",
@@ -292,8 +291,10 @@ def coco_to_mask(record: dict[str, Any], size_hw: tuple[int, int]) -> Mask:
             area,
             predicted_iou=_score(record, "predicted_iou", _score(record, "score", math.nan)),
             stability_score=_score(record, "stability_score", math.nan),
-            point_xy=(float(point_x), float(point_y)),
+            prompt=Prompt(((float(point_x), float(point_y)),)),
             crop_box_xywh=(float(crop_x), float(crop_y), float(crop_w), float(crop_h)),
+            category_id=record.get("category_id", CATEGORY_OBJECT),
+            iscrowd=int(record.get("iscrowd", 0)),
         )
     except (ValueError, TypeError) as error:  # TypeError: what is no list
         raise ValueError(f"the annotation with id {record['id']!r} cannot be read: {error}") from error
@@ -363,17 +364,12 @@ def is_number(value: Any) -> bool:
 def add_coco_columns(
     annotations: pa.Table, images: pa.Table, image_records: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]
 ) -> tuple[pa.Table, pa.Table]:
-    """The tables of imported images, with the categories and with what the records have beside the columns.
+    """The tables of imported images, with what the records have beside the columns.
 
     Args:
       annotations, images: as schema.chunk_to_tables makes them.
       image_records, records: of their rows, as group_by_image gives them.
     """
-    for name in ("category_id", "iscrowd"):
-        index = annotations.schema.get_field_index(name)
-        field = annotations.schema.field(index)
-        values = pa.array([int(record.get(name, 0)) for record in records], field.type)
-        annotations = annotations.set_column(index, field, values)
     kept_images = [
         _beside(record, image_to_coco(row, 0)) for row, record in zip(images.to_pylist(), image_records, strict=True)
     ]

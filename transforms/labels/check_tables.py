@@ -70,6 +70,11 @@ class _Rows:
         self.require_column(column, ~missing.any(axis=1), f"{size} numbers")
         return np.asarray(items).reshape(-1, size)
 
+    def where(self, chosen: np.ndarray) -> _Rows:
+        """Some of the rows, by their names; chosen is (N,) bool."""
+        rows = np.flatnonzero(chosen)
+        return _Rows(self.table.filter(pa.array(chosen)), lambda row: self.name(int(rows[row])))
+
     def require_values(self, schema: pa.Schema) -> None:
         """That no value is null where the schema has none."""
         for field in schema:
@@ -149,7 +154,7 @@ def check_annotations(annotations: pa.Table, images: pa.Table, category_ids: Col
     rows.require_column("bbox", inside.all(axis=1), "[x, y, width, height] within the image")
     for column in ("predicted_iou", "stability_score"):
         rows.require_column(column, ~np.isinf(rows.numbers(column)), "a finite number, or NaN")
-    _check_points(rows, np.isinf)
+    _check_prompts(rows, _num_prompts(images)[of_image])
     rows.require_column("crop_box", np.isfinite(rows.vectors("crop_box", 4)).all(axis=1), "finite numbers")
     rows.require_column(
         "category_id",
@@ -201,7 +206,7 @@ def check_candidates(candidates: pa.Table, images: pa.Table, config: AmgConfig) 
     rows.require_column("predicted_iou", np.isfinite(rows.numbers("predicted_iou")), "a finite number")
     stability = rows.numbers("stability_score")
     rows.require_column("stability_score", ~np.isinf(stability), "a finite number, or NaN")
-    _check_points(rows, lambda numbers: ~np.isfinite(numbers))
+    _check_grid_points(rows, lambda numbers: ~np.isfinite(numbers))
     box_xyxy = rows.vectors("box_xyxy", 4)
     inside = (box_xyxy[:, :2] >= 0) & (box_xyxy[:, :2] <= box_xyxy[:, 2:]) & (box_xyxy[:, 2:] < size_hw[:, ::-1])
     rows.require_column("box_xyxy", inside.all(axis=1), "[x0, y0, x1, y1] within the crop")
@@ -244,6 +249,11 @@ def _sizes(images: pa.Table) -> np.ndarray:
     return np.stack([np.asarray(images[side].combine_chunks().fill_null(0)) for side in ("height", "width")], axis=1)
 
 
+def _num_prompts(images: pa.Table) -> np.ndarray:
+    """(N,); 0 where it is null."""
+    return np.asarray(images["num_prompts"].combine_chunks().fill_null(0))
+
+
 def _check_segmentation(rows: _Rows, size_hw: np.ndarray) -> None:
     """That the RLE is one of the image, and of so many pixels as the area says."""
     segmentation = rows.array("segmentation")
@@ -273,13 +283,55 @@ def _describe_counts(counts: str, size_hw: np.ndarray) -> str:
     raise AssertionError("counts_to_areas and check_counts disagree")
 
 
-def _check_points(rows: _Rows, wrong: Callable[[np.ndarray], np.ndarray]) -> None:
+def _check_grid_points(rows: _Rows, wrong: Callable[[np.ndarray], np.ndarray]) -> None:
     """That there is one point with two numbers that are not wrong."""
     points = rows.array("point_coords")
     rows.require_column("point_coords", np.asarray(pc.list_value_length(points)) == 1, "one point [x, y]")
-    inner = _Rows(pa.table({"point_coords": points.flatten()}), rows.name)
+    _check_coordinates(rows, wrong)
+
+
+def _check_coordinates(rows: _Rows, wrong: Callable[[np.ndarray], np.ndarray]) -> None:
+    points = rows.array("point_coords")
+    of_point = np.repeat(np.arange(len(points)), np.asarray(pc.list_value_length(points)))
+    inner = _Rows(pa.table({"point_coords": points.flatten()}), lambda point: rows.name(int(of_point[point])))
     inner.require_column("point_coords", inner.known("point_coords"), "[x, y]")
     inner.require_column("point_coords", ~wrong(inner.vectors("point_coords", 2)).any(axis=1), "finite numbers")
+
+
+def _check_prompts(rows: _Rows, num_prompts: np.ndarray) -> None:
+    """What each mask answers: a point of the grid, or a prompt that was given.
+
+    Args:
+      num_prompts: (N,) of each row's image; 0 = none was given.
+    """
+    given = rows.known("prompt_index")
+    _check_grid_points(rows.where(~given), np.isinf)
+    for column in ("prompt_id", "prompt_box", "point_labels", "mask_prompt", "prompt_score", "mask_token"):
+        rows.require_column(column, given | ~rows.known(column), "null, since it has no prompt_index")
+    prompted = rows.where(given)
+    index = prompted.numbers("prompt_index")
+    prompted.require_column("prompt_index", (index >= 0) & (index < num_prompts[given]), "one of the image's prompts")
+    for column in ("point_labels", "mask_prompt", "mask_token"):
+        prompted.require_column(column, prompted.known(column), "a value, since it has a prompt_index")
+    token = prompted.numbers("mask_token")
+    prompted.require_column("mask_token", (token >= 0) & (token <= 3), "0 to 3")
+    prompted.require_column("prompt_score", np.isfinite(prompted.numbers("prompt_score")), "a finite number, or null")
+    _check_coordinates(prompted, lambda numbers: ~np.isfinite(numbers))
+    _check_point_labels(prompted)
+    boxed = prompted.where(prompted.known("prompt_box"))
+    box_xywh = boxed.vectors("prompt_box", 4)
+    good = np.isfinite(box_xywh).all(axis=1) & (box_xywh[:, 2:] > 0).all(axis=1)
+    boxed.require_column("prompt_box", good, "[x, y, width, height], neither side 0")
+
+
+def _check_point_labels(rows: _Rows) -> None:
+    labels = rows.array("point_labels")
+    counts = np.asarray(pc.list_value_length(labels))
+    num_points = np.asarray(pc.list_value_length(rows.array("point_coords")))
+    rows.require_column("point_labels", counts == num_points, "one for each point of point_coords")
+    good = np.isin(np.asarray(labels.flatten().fill_null(-1)), (0, 1))
+    wrong = np.bincount(np.repeat(np.arange(len(counts)), counts), weights=~good, minlength=len(counts))
+    rows.require_column("point_labels", wrong == 0, "0 and 1")
 
 
 def _check_order(rows: _Rows, of_image: np.ndarray, position: np.ndarray, num_masks: np.ndarray) -> None:

@@ -19,7 +19,7 @@ from maskbeam.transforms.masks.amg import AmgConfig
 from maskbeam.transforms.masks.containment import ContainmentConfig, apply_containment, with_parents
 from maskbeam.transforms.masks.crops import generate_crop_boxes
 from maskbeam.transforms.masks.select import Candidates, Encoded, keep_best, merge_crops, select_in_crop
-from maskbeam.transforms.records import CropBox, Dropped, LabeledImage, Seconds
+from maskbeam.transforms.records import CropBox, Dropped, LabeledImage, Prompt, Seconds
 
 # Of the candidates table; the others say again what these and the settings say.
 COLUMNS = [
@@ -110,8 +110,8 @@ def _split_by_crop(candidates: pa.Table, crops: list[CropBox], size_hw: tuple[in
         def encode(i: int) -> Encoded:
             row = int(rows[i])
             scores = float(predicted_iou[row]), float(stability_score[row])
-            point_xy = float(points_xy[row, 0]), float(points_xy[row, 1])
-            return Encoded.of(counts[row].as_py(), size_hw, scores, point_xy, boxes_xyxy[row], crop)
+            prompt = Prompt(((float(points_xy[row, 0]), float(points_xy[row, 1])),))
+            return Encoded.of(counts[row].as_py(), size_hw, scores, prompt, boxes_xyxy[row], crop)
 
         return Candidates(crop, predicted_iou[rows], stability_score[rows], boxes_xyxy[rows], encode)
 

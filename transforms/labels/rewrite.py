@@ -22,7 +22,7 @@ from maskbeam.transforms.files.storage import delete_files
 from maskbeam.transforms.labels.commit import check_run, commit_tables, read_report_file
 from maskbeam.transforms.labels.layout import ANNOTATIONS_DIR, IMAGES_DIR, ChunkKey, TableFiles, chunk_name
 from maskbeam.transforms.labels.manifest import Manifest
-from maskbeam.transforms.labels.schema import with_report
+from maskbeam.transforms.labels.schema import row_to_dropped, with_report
 from maskbeam.transforms.records import MAX_FAILURES_SHOWN, ChunkReport, Dropped, Shard, Totals, escape_name
 
 
@@ -75,17 +75,13 @@ def _totals(images: pa.Table, before: Totals, entry: Shard) -> Totals:
         failed=status.count("failed"),
         masks=sum(row["num_masks"] for row in rows),
         candidates=sum(row["num_candidates"] for row in rows),
-        dropped=sum((_dropped(row) for row in rows), Dropped()),
+        dropped=sum(map(row_to_dropped, rows), Dropped()),
         seconds=before.seconds,
         chunks=1,
         failures=tuple(
             f"{row['image_id']}: {row['error_stage']}: {row['error']}" for row in rows if row["status"] == "failed"
         )[:MAX_FAILURES_SHOWN],
     )
-
-
-def _dropped(row: dict[str, Any]) -> Dropped:
-    return Dropped(**{name: row[f"dropped_{name}"] for name in vars(Dropped())})
 
 
 def _read_table(path: str) -> pa.Table:

@@ -18,6 +18,7 @@ from maskbeam.transforms.records import (
     LabeledChunk,
     LabeledImage,
     Mask,
+    Prompt,
     Totals,
     escape_name,
 )
@@ -25,9 +26,6 @@ from maskbeam.transforms.records import (
 # Keys of the files' own metadata. REPORT_KEY holds the chunk's ChunkReport, RUN_KEY the content of run.json.
 REPORT_KEY = b"maskbeam.report"
 RUN_KEY = b"maskbeam.run"
-
-# Every mask is an "object": SAM knows no classes.
-CATEGORY_OBJECT = 1
 
 
 def _field(name: str, kind: pa.DataType, description: str, nullable: bool = False) -> pa.Field:
@@ -67,7 +65,8 @@ ANNOTATIONS = pa.schema(
         _field(
             "point_coords",
             _list(_list(pa.float64())),
-            "[[x, y]] of the prompt that made the mask, in pixels; NaN where an imported mask has none.",
+            "[[x, y], ...] of the prompt that made the mask, in pixels: one point of the grid, or those of a given "
+            "prompt, [] without points; NaN where an imported mask has none.",
         ),
         _field(
             "crop_box",
@@ -75,7 +74,7 @@ ANNOTATIONS = pa.schema(
             "[x, y, width, height] of the crop the mask was made in, in pixels; the image where an imported mask has "
             "none.",
         ),
-        _field("category_id", pa.int32(), "1 = object; imported labels have those of their file."),
+        _field("category_id", pa.int32(), "1 = object; imported labels have those of their file, prompts their own."),
         _field("iscrowd", pa.int8(), "0; imported labels may have crowds, 1."),
         _field(
             "rank",
@@ -90,6 +89,24 @@ ANNOTATIONS = pa.schema(
             "from `maskbeam label`, which does not look: `maskbeam refine` does.",
             nullable=True,
         ),
+        # Of prompts that were given: null for a grid, and in imported labels.
+        _field("prompt_index", pa.int32(), "Position among the image's prompts.", nullable=True),
+        _field("prompt_id", pa.string(), "What the file of prompts calls the prompt.", nullable=True),
+        _field(
+            "prompt_box",
+            _list(pa.float64()),
+            "[x, y, width, height] of the prompt in pixels, clipped to the image; null without a box.",
+            nullable=True,
+        ),
+        _field(
+            "point_labels",
+            _list(pa.int8()),
+            "Of the points in point_coords: 1 = on the object, 0 = beside it.",
+            nullable=True,
+        ),
+        _field("mask_prompt", pa.bool_(), "Whether the prompt has a coarse mask.", nullable=True),
+        _field("prompt_score", pa.float32(), "A detector's confidence in the prompt.", nullable=True),
+        _field("mask_token", pa.int8(), "Which of the model's masks for the prompt it is, 0..3.", nullable=True),
     ]
 )
 
@@ -119,6 +136,7 @@ CANDIDATES = pa.schema(
 )
 
 _DROPPED = {
+    "prompt": "Prompts that cannot be used, such as a box outside the image; null before there were prompts.",
     "predicted_iou": "Candidates whose predicted IoU was not above pred_iou_thresh.",
     "stability": "Candidates whose stability score was below stability_score_thresh.",
     "crop_edge": "Masks that touched an inner edge of their crop.",
@@ -143,18 +161,29 @@ IMAGES = pa.schema(
         _field("row", pa.int64(), "Position in the shard, from 0; null for loose files.", nullable=True),
         _field("sha256", pa.string(), "Of the image's bytes, hex; null if they could not be read.", nullable=True),
         _field("status", pa.string(), "labeled, empty (no mask passed the filters) or failed."),
-        _field("error_stage", pa.string(), "read, decode or model; null unless failed.", nullable=True),
+        _field("error_stage", pa.string(), "read, decode, prompt or model; null unless failed.", nullable=True),
         _field("error", pa.string(), "What went wrong; null unless failed.", nullable=True),
         _field("num_masks", pa.int32(), "Rows of this image in the annotations table."),
         _field("num_candidates", pa.int64(), "Masks the model proposed: num_masks plus all that were dropped."),
-        *[_field(f"dropped_{f.name}", pa.int64(), _DROPPED[f.name]) for f in fields(Dropped)],
+        *[
+            _field(f"dropped_{f.name}", pa.int64(), _DROPPED[f.name], nullable=f.name == "prompt")
+            for f in fields(Dropped)
+        ],
         _field("exif_orientation", pa.int8(), "1..8 as stored in the file; 1 where it says nothing."),
         _field(
             "seconds",
             pa.float64(),
             "Decode, embed, predict_masks and postprocess together, each of its thread: more than the wall time.",
         ),
+        _field("num_prompts", pa.int32(), "Prompts that the image was given; null for a grid.", nullable=True),
+        _field("prompts_key", pa.string(), "The key that its prompts were found by.", nullable=True),
     ]
+)
+
+# Columns that labels of earlier versions do not have; there they are read as null.
+OPTIONAL = frozenset(
+    ["prompt_index", "prompt_id", "prompt_box", "point_labels", "mask_prompt", "prompt_score", "mask_token"]
+    + ["dropped_prompt", "num_prompts", "prompts_key"]
 )
 
 
@@ -173,15 +202,45 @@ def annotation_rows(image: LabeledImage) -> list[dict[str, Any]]:
             "area": mask.area,
             "predicted_iou": mask.predicted_iou,
             "stability_score": mask.stability_score,
-            "point_coords": [list(mask.point_xy)],
+            "point_coords": [list(point_xy) for point_xy in mask.prompt.points_xy],
             "crop_box": list(mask.crop_box_xywh),
-            "category_id": CATEGORY_OBJECT,
-            "iscrowd": 0,
+            "category_id": mask.category_id,
+            "iscrowd": mask.iscrowd,
             "rank": rank,
             "parent_id": mask.parent_id,
+            **_prompt_columns(mask.prompt),
+            "mask_token": mask.mask_token,
         }
         for index, (mask, rank) in enumerate(zip(masks, ranks, strict=True))
     ]
+
+
+def _prompt_columns(prompt: Prompt) -> dict[str, Any]:
+    """What a row has of a given prompt beside its points; null for a point of the grid."""
+    given = prompt.index is not None
+    return {
+        "prompt_index": prompt.index,
+        "prompt_id": prompt.id,
+        "prompt_box": list(prompt.box_xywh) if prompt.box_xywh else None,
+        "point_labels": list(prompt.point_labels) if given else None,
+        "mask_prompt": prompt.mask if given else None,
+        "prompt_score": prompt.score,
+    }
+
+
+def _row_to_prompt(row: dict[str, Any]) -> Prompt:
+    points_xy = tuple((x, y) for x, y in row["point_coords"])
+    if row["prompt_index"] is None:
+        return Prompt(points_xy)
+    return Prompt(
+        points_xy,
+        index=row["prompt_index"],
+        id=row["prompt_id"],
+        point_labels=tuple(row["point_labels"]),
+        box_xywh=tuple(row["prompt_box"]) if row["prompt_box"] else None,
+        mask=row["mask_prompt"],
+        score=row["prompt_score"],
+    )
 
 
 def row_to_mask(row: dict[str, Any]) -> Mask:
@@ -189,7 +248,6 @@ def row_to_mask(row: dict[str, Any]) -> Mask:
     height, width = row["segmentation"]["size"]
     x, y, w, h = row["bbox"]
     crop_x, crop_y, crop_w, crop_h = row["crop_box"]
-    point_x, point_y = row["point_coords"][0]
     return Mask(
         size_hw=(height, width),
         counts=row["segmentation"]["counts"],
@@ -197,9 +255,12 @@ def row_to_mask(row: dict[str, Any]) -> Mask:
         area=row["area"],
         predicted_iou=row["predicted_iou"],
         stability_score=row["stability_score"],
-        point_xy=(point_x, point_y),
+        prompt=_row_to_prompt(row),
         crop_box_xywh=(crop_x, crop_y, crop_w, crop_h),
         parent_id=row["parent_id"],
+        category_id=row["category_id"],
+        iscrowd=row["iscrowd"],
+        mask_token=row["mask_token"],
     )
 
 
@@ -223,6 +284,8 @@ def image_row(image: LabeledImage, shard_path: str) -> dict[str, Any]:
         **{f"dropped_{name}": count for name, count in asdict(image.dropped).items()},
         "exif_orientation": image.exif_orientation,
         "seconds": image.seconds.total(),
+        "num_prompts": image.num_prompts,
+        "prompts_key": image.prompts_key,
     }
 
 
@@ -235,9 +298,16 @@ def row_to_image(row: dict[str, Any]) -> LabeledImage:
         size_hw=None if row["width"] is None else (row["height"], row["width"]),
         exif_orientation=row["exif_orientation"],
         num_candidates=row["num_candidates"],
-        dropped=Dropped(**{f.name: row[f"dropped_{f.name}"] for f in fields(Dropped)}),
+        dropped=row_to_dropped(row),
         failure=Failure(row["error_stage"], row["error"]) if row["status"] == "failed" else None,
+        num_prompts=row["num_prompts"],
+        prompts_key=row["prompts_key"],
     )
+
+
+def row_to_dropped(row: dict[str, Any]) -> Dropped:
+    """The counts of a row of the images table, whatever version wrote it."""
+    return Dropped(**{f.name: row.get(f"dropped_{f.name}") or 0 for f in fields(Dropped)})
 
 
 def chunk_to_candidates(chunk: LabeledChunk, report: ChunkReport, run: dict[str, Any]) -> pa.Table:

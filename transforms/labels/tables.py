@@ -34,11 +34,11 @@ from maskbeam.transforms.labels.layout import (
     list_tables,
 )
 from maskbeam.transforms.labels.manifest import newest, read_manifest
-from maskbeam.transforms.labels.schema import ANNOTATIONS, CANDIDATES, CATEGORY_OBJECT, IMAGES
+from maskbeam.transforms.labels.schema import ANNOTATIONS, CANDIDATES, IMAGES, OPTIONAL
 from maskbeam.transforms.masks.amg import AmgConfig
 from maskbeam.transforms.masks.rle import MAX_PIXELS
 from maskbeam.transforms.readers.samples import ReadConfig
-from maskbeam.transforms.records import DamagedFile
+from maskbeam.transforms.records import CATEGORY_OBJECT, DamagedFile
 
 _log = logging.getLogger(__name__)
 
@@ -251,10 +251,10 @@ def _read_checked_images(labels: str, name: str, max_pixels: int) -> pa.Table:
 
 
 def _read_table(file: IO[bytes], schema: pa.Schema) -> pa.Table:
-    """All columns of the schema, and that of imported labels."""
+    """All columns of the schema, and the one of imported labels."""
     imported = COCO_FIELD.name in open_parquet(file).schema_arrow.names
     schema = schema.append(COCO_FIELD) if imported else schema
-    return read_table(file, schema, schema.names)
+    return read_table(file, schema, schema.names, OPTIONAL)
 
 
 @contextlib.contextmanager

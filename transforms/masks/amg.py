@@ -34,8 +34,8 @@ from maskbeam.transforms.masks.select import (
     merge_crops,
     select_in_crop,
 )
-from maskbeam.transforms.records import CropBox, Dropped, Mask, Seconds, StoredCandidate
-from maskbeam.transforms.threads import one_blas_thread
+from maskbeam.transforms.records import CropBox, Dropped, ImageMasks, Prompt, Seconds, StoredCandidate
+from maskbeam.transforms.threads import Submit, call_now, one_blas_thread
 
 MASKS_PER_POINT = 3  # SAM's multimask output: whole, part, subpart
 
@@ -181,7 +181,7 @@ class Scored(Protocol):
     """A batch of prompts through the mask decoder; all but the predicted IoU stays on the device."""
 
     def predicted_iou(self) -> np.ndarray:
-        """(P, 3) float32."""
+        """(P, 3) float32 of masks 1 to 3; of score_prompts (P, 4), with mask 0 before them."""
 
 
 class Sam(Protocol):
@@ -191,10 +191,12 @@ class Sam(Protocol):
     Attributes:
       frame_size: side of the square frame the image encoder takes, in pixels.
       low_size: side of the low-res logits.
+      prompt_batches: sizes of batches that score_prompts is compiled for, ascending.
     """
 
     frame_size: int
     low_size: int
+    prompt_batches: tuple[int, ...]
 
     def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> Any:
         """(frame_size, frame_size, 3) uint8 -> a context: all that is common to the image's prompts, on the device."""
@@ -204,6 +206,35 @@ class Sam(Protocol):
 
     def low_res_logits(self, scored: Any, prompts: np.ndarray) -> np.ndarray:
         """Mask logits (len(prompts), 3, low_size, low_size) float32 of some of a batch's prompts."""
+
+    def score_prompts(
+        self,
+        context: Any,
+        coords_xy: np.ndarray,
+        labels: np.ndarray,
+        masks: np.ndarray | None,
+        batch_size: int,
+    ) -> Scored:
+        """Prompts of any kind, with tokens as maskbeam.transforms.masks.prompts makes them.
+
+        Args:
+          coords_xy: (P, K, 2) float64 pixels of the frame, P <= batch_size.
+          labels: (P, K) int: 0 background, 1 foreground, 2 and 3 corners of a box, -1 padding point, -2 no token.
+          masks: (P, low_size, low_size) float32 logits in the frame; None = no prompt has a mask.
+          batch_size: one of prompt_batches.
+        """
+
+    def refine_prompts(
+        self, context: Any, coords_xy: np.ndarray, labels: np.ndarray, scored: Any, tokens: np.ndarray
+    ) -> Scored:
+        """The prompts of a batch of score_prompts once more, each with logits of one of its masks as its mask.
+
+        Args:
+          tokens: (P,) int, which mask of each prompt: 0 to 3.
+        """
+
+    def mask_logits(self, scored: Any, prompts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """(M, low_size, low_size) float32 logits of one mask, `tokens` (M,), of each of M of a batch's prompts."""
 
 
 class ModelOutputError(RuntimeError):
@@ -257,30 +288,6 @@ class SelectedInCrop:
     dropped: Dropped
     seconds: Seconds
     candidates: tuple[StoredCandidate, ...]  # none without keep_candidates
-
-
-@dataclass(frozen=True)
-class ImageMasks:
-    """The masks of one image, in the reference's order; with keep_candidates its candidates, a tuple a crop."""
-
-    masks: tuple[Mask, ...]
-    num_candidates: int
-    dropped: Dropped
-    seconds: Seconds
-    candidates: tuple[tuple[StoredCandidate, ...], ...] = ()
-
-
-Submit = Callable[..., "Future[Any]"]
-
-
-def call_now(function: Callable[..., Any], *args: Any) -> Future[Any]:
-    """A Submit without threads: runs the call at once."""
-    future: Future[Any] = Future()
-    try:
-        future.set_result(function(*args))
-    except Exception as error:
-        future.set_exception(error)
-    return future
 
 
 def label_image(sam: Sam, pixels: np.ndarray, config: AmgConfig, submit: Submit = call_now) -> ImageMasks:
@@ -465,7 +472,7 @@ def _encode(candidate: Candidate, proposals: Proposals, size_hw: tuple[int, int]
     measured = candidate.measured
     scores = float(candidate.predicted_iou), float(measured.stability_score)
     point_xy = candidate.point_xy[0] + x0, candidate.point_xy[1] + y0
-    return Encoded.of(counts, size_hw, scores, point_xy, np.array(measured.box_xyxy), crop)
+    return Encoded.of(counts, size_hw, scores, Prompt((point_xy,)), np.array(measured.box_xyxy), crop)
 
 
 def _store(candidate: Candidate, crop: CropBox, encoded: Encoded | None) -> StoredCandidate:

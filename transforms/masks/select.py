@@ -18,7 +18,7 @@ import numpy as np
 
 from maskbeam.transforms.masks import boxes, rle
 from maskbeam.transforms.masks.regions import remove_small_regions
-from maskbeam.transforms.records import CropBox, Dropped, Mask
+from maskbeam.transforms.records import CropBox, Dropped, Mask, Prompt
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Encoded:
         counts: str,
         size_hw: tuple[int, int],
         scores: tuple[float, float],
-        point_xy: tuple[float, float],
+        prompt: Prompt,
         crop_box_xyxy: np.ndarray,
         crop: CropBox,
     ) -> Encoded:
@@ -112,7 +112,7 @@ class Encoded:
         Args:
           size_hw: (H, W) of the image.
           scores: predicted IoU and stability.
-          point_xy: in the image.
+          prompt: what it answers.
           crop_box_xyxy: (4,) inclusive pixel indices of the crop.
         """
         x0, y0 = crop.xyxy[:2]
@@ -124,7 +124,7 @@ class Encoded:
             area=area,
             predicted_iou=scores[0],
             stability_score=scores[1],
-            point_xy=point_xy,
+            prompt=prompt,
             crop_box_xywh=crop.xywh,
         )
         return cls(mask, crop_box_xyxy + [x0, y0, x0, y0], crop)

@@ -35,6 +35,23 @@ def compile_for_backend(function: Callable[..., Any], weights: Any) -> Callable[
     raise ValueError(f"KERAS_BACKEND must be tensorflow or jax, got {backend}")
 
 
+class Programs:
+    """A function of weights and tensors for which shapes vary: one program for each, compiled at its first call."""
+
+    def __init__(self, function: Callable[..., Any], weights: Any) -> None:
+        self._function = function
+        self._weights = weights
+        self._compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, *shape: int) -> Callable[..., Any]:
+        """The program for tensors of these shapes, given by the numbers that vary."""
+        with self._lock:
+            if shape not in self._compiled:
+                self._compiled[shape] = compile_for_backend(self._function, self._weights)
+            return self._compiled[shape]
+
+
 def _first_call_alone(program: Callable[..., Any]) -> Callable[..., Any]:
     """The first call compiles: other threads wait for it, instead of compiling the same."""
     lock, compiled = threading.Lock(), threading.Event()

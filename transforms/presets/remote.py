@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-from pathlib import Path
 
-from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-import maskbeam.transforms.files.s3  # noqa: F401  # one client for all files
+from maskbeam.transforms.files.local_copy import copy_once
 from maskbeam.transforms.models.check_preset import MAX_WEIGHTS_BYTES
 from maskbeam.transforms.presets.embedded import HUB_SCHEMES, PresetError, check_model_name, resolve_preset
 
@@ -41,24 +36,4 @@ def local_preset(preset: str) -> str:
     if (size := sum(size for _, size, _ in files)) > MAX_WEIGHTS_BYTES:
         raise PresetError(f"the model {preset} has {size} bytes, more than the {MAX_WEIGHTS_BYTES} allowed.")
     key = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:32]
-    cache = Path.home() / ".cache" / "maskbeam" / "presets"
-    cache.mkdir(parents=True, exist_ok=True)
-    target = cache / key
-    with open(cache / f"{key}.lock", "w") as lock:  # the system unlocks it when the process dies
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            partial = cache / f"{key}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            for path, _, _ in files:
-                _copy(path, partial / path.removeprefix(source))
-            os.rename(partial, target)
-    return str(target)
-
-
-def _copy(path: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as remote,
-        open(target, "wb") as local,
-    ):
-        shutil.copyfileobj(remote, local, 2**24)
+    return str(copy_once("presets", key, {path.removeprefix(source): path for path, _, _ in files}))

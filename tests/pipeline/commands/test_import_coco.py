@@ -90,7 +90,11 @@ def test_every_form_of_mask_becomes_the_rle_of_pycocotools(source: Path, output:
         np.testing.assert_array_equal(coco_mask.decode(row["segmentation"]), coco_mask.decode(expected))
         assert row["area"] == coco_mask.area(expected) and row["bbox"] == coco_mask.toBbox(expected).tolist()
         mask = row_to_mask(row)
-        assert math.isnan(mask.predicted_iou) and math.isnan(mask.stability_score) and math.isnan(mask.point_xy[0])
+        assert (
+            math.isnan(mask.predicted_iou)
+            and math.isnan(mask.stability_score)
+            and math.isnan(mask.prompt.points_xy[0][0])
+        )
         assert mask.crop_box_xywh == (0, 0, 8, 6)
     assert json.loads(rows[2]["coco"]) == {"id": 2, "attributes": {"occluded": True}}
 

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from maskbeam.transforms.evaluation.agreement import MATCH_IOU, Agreement, compare_masks, mask_ious, match_masks
 from maskbeam.transforms.masks.rle import bits_to_runs, runs_to_counts
-from maskbeam.transforms.records import Mask
+from maskbeam.transforms.records import Mask, Prompt
 
 SIZE_HW = (5, 5)
 
@@ -21,7 +21,7 @@ def to_mask(bits: np.ndarray, predicted_iou: float = 0.5) -> Mask:
     """A (H, W) bool array as a record; what agreement does not look at is left at nought."""
     counts = runs_to_counts(bits_to_runs(bits.T, (0, 0), bits.shape))
     nothing = (0.0, 0.0, 0.0, 0.0)
-    return Mask(bits.shape, counts, nothing, int(bits.sum()), predicted_iou, 0.0, (0.0, 0.0), nothing)
+    return Mask(bits.shape, counts, nothing, int(bits.sum()), predicted_iou, 0.0, Prompt(((0.0, 0.0),)), nothing)
 
 
 def bar(length: int, predicted_iou: float = 0.5, row: int = 0) -> Mask:

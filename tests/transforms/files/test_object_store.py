@@ -23,6 +23,7 @@ from moto.server import ThreadedMotoServer
 from maskbeam.pipeline.exits import UsageError
 from maskbeam.pipeline.launch.identity import model_fingerprint
 from maskbeam.pipeline.options import parse_label
+from maskbeam.transforms.files import local_copy as cache
 from maskbeam.transforms.files.paths import absolute, list_files
 from maskbeam.transforms.files.s3 import _s3_client
 from maskbeam.transforms.files.storage import list_tree, read_json
@@ -32,7 +33,6 @@ from maskbeam.transforms.labels.layout import chunk_name, committed_chunks
 from maskbeam.transforms.labels.resume import read_report
 from maskbeam.transforms.load_model import ModelConfig, load_model
 from maskbeam.transforms.match_shards import InputConfig, match_shards
-from maskbeam.transforms.presets import remote as cache
 from maskbeam.transforms.presets.embedded import resolve_preset
 from maskbeam.transforms.presets.remote import local_preset
 from maskbeam.transforms.readers.samples import ReadConfig

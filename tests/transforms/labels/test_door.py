@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from maskbeam.pipeline import cli
 from maskbeam.transforms.labels.layout import ChunkKey
 from maskbeam.transforms.labels.refine import COLUMNS
+from maskbeam.transforms.labels.schema import OPTIONAL, row_to_image
 from maskbeam.transforms.labels.tables import list_chunks, read_candidates, read_chunk, read_chunks, read_run
 from maskbeam.transforms.masks.amg import AmgConfig
 from maskbeam.transforms.records import DamagedFile
@@ -270,10 +271,92 @@ def test_a_column_of_another_type_is_named(labels: Path, table: str) -> None:
         with pytest.raises(DamagedFile, match=f"its column {field.name} is list<.*>; expected "):
             read_all(labels)
         pq.write_table(rows.drop_columns([field.name]), path)
-        with pytest.raises(DamagedFile, match=f"it has no column {field.name}: "):
+        if field.name in OPTIONAL:
             read_all(labels)
+        else:
+            with pytest.raises(DamagedFile, match=f"it has no column {field.name}: "):
+                read_all(labels)
         path.write_bytes(original)
     read_all(labels)
+
+
+def test_labels_from_before_there_were_prompts_are_read_as_those_of_a_grid(labels: Path) -> None:
+    (now,) = read_chunks(str(labels))
+    for table in ("images", "annotations"):
+        path = labels / table / CHUNK
+        rows = pq.read_table(path)
+        pq.write_table(rows.drop_columns([name for name in rows.column_names if name in OPTIONAL]), path)
+    (before,) = read_chunks(str(labels))
+    assert before.annotations.equals(now.annotations) and before.annotations.schema == now.annotations.schema
+    assert before.images.schema == now.images.schema
+    for row, expected in zip(before.images.to_pylist(), now.images.to_pylist(), strict=True):
+        assert row == {**expected, "dropped_prompt": None}
+        assert row_to_image(row) == row_to_image(expected)
+
+
+# A box and two points that mask 1 answers.
+PROMPTED: dict[str, Any] = {
+    "prompt_index": 2,
+    "prompt_id": "7",
+    "point_coords": [[1.0, 2.0], [3.5, 4.0]],
+    "point_labels": [1, 0],
+    "prompt_box": [1.0, 2.0, 30.0, 0.5],
+    "mask_prompt": False,
+    "prompt_score": None,
+    "mask_token": 0,
+}
+
+
+def prompt_mask(labels: Path, **columns: Any) -> None:
+    rewrite(labels / "images" / CHUNK, lambda rows: rows[0].update(num_prompts=3))
+    rewrite(labels / "annotations" / CHUNK, lambda rows: rows[1].update({**PROMPTED, **columns}))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {},
+        {"point_coords": [], "point_labels": []},
+        {"prompt_box": None, "prompt_score": 0.5, "prompt_id": None},
+        {"mask_prompt": True, "mask_token": 3},
+    ],
+)
+def test_a_mask_of_a_prompt_passes(labels: Path, columns: dict[str, Any]) -> None:
+    prompt_mask(labels, **columns)
+    (chunk,) = read_chunks(str(labels))
+    row = chunk.annotations.to_pylist()[1]
+    assert {name: row[name] for name in PROMPTED} == {**PROMPTED, **columns}
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "error"),
+    [
+        ("prompt_index", 3, "its prompt_index is 3; expected one of the image's prompts"),
+        ("prompt_index", -1, "its prompt_index is -1; expected one of the image's prompts"),
+        ("prompt_index", None, "its point_coords is [[1.0, 2.0], [3.5, 4.0]]; expected one point"),
+        ("point_labels", [1], "its point_labels is [1]; expected one for each point of point_coords"),
+        ("point_labels", [1, 2], "its point_labels is [1, 2]; expected 0 and 1"),
+        ("point_labels", [1, None], "its point_labels is [1, None]; expected 0 and 1"),
+        ("point_labels", None, "its point_labels is None; expected a value, since it has a prompt_index"),
+        ("point_coords", [[1.0, 2.0], [float("nan"), 4.0]], "its point_coords is [nan, 4.0]; expected finite numbers"),
+        ("prompt_box", [1.0, 2.0, 3.0], "expected 4 numbers"),
+        ("prompt_box", [1.0, 2.0, 0.0, 4.0], "expected [x, y, width, height], neither side 0"),
+        ("mask_prompt", None, "its mask_prompt is None; expected a value"),
+        ("prompt_score", float("nan"), "its prompt_score is nan; expected a finite number"),
+        ("mask_token", 4, "its mask_token is 4; expected 0 to 3"),
+    ],
+)
+def test_a_damaged_prompt_is_named(labels: Path, column: str, value: Any, error: str) -> None:
+    prompt_mask(labels, **{column: value})
+    with pytest.raises(DamagedFile) as raised:
+        read_all(labels)
+    assert MASK in str(raised.value) and error in str(raised.value)
+
+
+def test_a_mask_of_the_grid_has_no_columns_of_a_prompt(labels: Path) -> None:
+    rewrite(labels / "annotations" / CHUNK, change_value("prompt_id", "7"))
+    with pytest.raises(DamagedFile, match=re.escape("its prompt_id is '7'; expected null, since it has no prompt")):
+        read_all(labels)
 
 
 def test_text_that_is_no_utf8_is_an_error(labels: Path) -> None:

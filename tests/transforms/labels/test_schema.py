@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pycocotools import mask as coco_mask
 
-from maskbeam.transforms.generate_masks import ModelHealth, label_chunk
+from maskbeam.transforms.generate_masks import label_chunk
 from maskbeam.transforms.images import ImageConfig
 from maskbeam.transforms.labels.schema import (
     ANNOTATIONS,
@@ -26,6 +26,8 @@ from maskbeam.transforms.labels.schema import (
     row_to_mask,
 )
 from maskbeam.transforms.masks.amg import AmgConfig
+from maskbeam.transforms.masks.automatic import AutomaticLabeler
+from maskbeam.transforms.model_health import ModelHealth
 from maskbeam.transforms.records import (
     Chunk,
     ChunkReport,
@@ -35,6 +37,7 @@ from maskbeam.transforms.records import (
     LabeledChunk,
     LabeledImage,
     Mask,
+    Prompt,
     Seconds,
     Shard,
     Totals,
@@ -45,9 +48,18 @@ from tests.fakes import FakeSam
 SHARD = Shard("s.tar", "/d/s.tar", "tar", ())
 SOURCE = EncodedImage("s.tar#7", 7, "key", "a.jpg", b"")
 # Fractions that float32 holds exactly.
-MASK = Mask((2, 3), "22", (1.0, 0.0, 2.0, 2.0), 4, 0.5, 0.75, (1.5, 0.5), (0.0, 0.0, 3.0, 2.0))
+MASK = Mask((2, 3), "22", (1.0, 0.0, 2.0, 2.0), 4, 0.5, 0.75, Prompt(((1.5, 0.5),)), (0.0, 0.0, 3.0, 2.0))
 LABELED = LabeledImage(
-    SOURCE, 100, "ab", (2, 3), 6, (MASK,), 10, Dropped(1, 2, 3, 0, 0, 0, 1, 2), None, Seconds(0.5, 1.0, 2.0, 0.25, 0.25)
+    SOURCE,
+    100,
+    "ab",
+    (2, 3),
+    6,
+    (MASK,),
+    10,
+    Dropped(0, 1, 2, 3, 0, 0, 0, 1, 2),
+    None,
+    Seconds(0.5, 1.0, 2.0, 0.25, 0.25),
 )
 FAILED = LabeledImage(SOURCE, 0, "", None, 1, failure=Failure("read", "gone"))
 REPORT = ChunkReport("s.tar", 3, True, "d", "1 file, 9 bytes", LabeledChunk(SHARD, 3, (LABELED,), True, "d").totals())
@@ -62,7 +74,7 @@ def labeled() -> LabeledChunk:
     )
     with ThreadPoolExecutor(2) as threads:
         chunk = Chunk(SHARD, 0, images, True, "d")
-        return label_chunk(FakeSam(), chunk, ImageConfig(), config, threads, ModelHealth())
+        return label_chunk(AutomaticLabeler(FakeSam(), config), chunk, ImageConfig(), threads, ModelHealth())
 
 
 @pytest.mark.parametrize("schema", [ANNOTATIONS, IMAGES, CANDIDATES], ids=["annotations", "images", "candidates"])
@@ -74,14 +86,37 @@ def test_every_reason_to_drop_a_mask_has_a_column() -> None:
     assert {f"dropped_{field.name}" for field in fields(Dropped)} <= set(IMAGES.names)
 
 
+BOX = Prompt((), index=4, box_xywh=(0.5, 0.0, 2.0, 1.5))
+POINTS = Prompt(((0.5, 1.0), (2.0, 0.25)), index=0, id="a", point_labels=(1, 0), mask=True, score=0.5)
+
+
 @pytest.mark.parametrize(
-    "mask", [MASK, replace(MASK, parent_id=3), replace(MASK, counts="6", area=0, bbox_xywh=(0.0, 0.0, 0.0, 0.0))]
+    "mask",
+    [
+        MASK,
+        replace(MASK, parent_id=3),
+        replace(MASK, counts="6", area=0, bbox_xywh=(0.0, 0.0, 0.0, 0.0)),
+        replace(MASK, prompt=BOX, category_id=18, mask_token=0),
+        replace(MASK, prompt=POINTS, iscrowd=1, mask_token=3),
+    ],
 )
 def test_a_mask_survives_the_way_to_a_row_and_back(mask: Mask) -> None:
     table = pa.Table.from_pylist(annotation_rows(replace(LABELED, masks=(mask,))), schema=ANNOTATIONS)
     (row,) = table.to_pylist()
     assert row_to_mask(row) == mask
-    assert (row["image_id"], row["mask_index"], row["category_id"], row["iscrowd"]) == ("s.tar#7", 0, 1, 0)
+    assert (row["image_id"], row["mask_index"]) == ("s.tar#7", 0)
+
+
+def test_the_columns_of_a_prompt_are_null_for_a_point_of_the_grid() -> None:
+    grid, box, points = annotation_rows(
+        replace(LABELED, masks=(MASK, *(replace(MASK, prompt=prompt, mask_token=1) for prompt in (BOX, POINTS))))
+    )
+    names = ("prompt_index", "prompt_id", "prompt_box", "point_coords", "point_labels", "mask_prompt", "prompt_score")
+    assert [grid[name] for name in names] == [None, None, None, [[1.5, 0.5]], None, None, None]
+    assert [box[name] for name in names] == [4, None, [0.5, 0.0, 2.0, 1.5], [], [], False, None]
+    assert [points[name] for name in names] == [0, "a", None, [[0.5, 1.0], [2.0, 0.25]], [1, 0], True, 0.5]
+    assert [row["mask_token"] for row in (grid, box, points)] == [None, 1, 1]
+    assert (grid["category_id"], grid["iscrowd"]) == (1, 0)
 
 
 def test_a_stability_that_is_none_stays_nan() -> None:
@@ -130,7 +165,11 @@ def test_the_row_of_an_image_tells_what_became_of_it(image: LabeledImage, expect
     assert {name: row[name] for name in {**expected, **from_record}} == {**expected, **from_record}
 
 
-@pytest.mark.parametrize("image", [LABELED, FAILED], ids=["labeled", "failed"])
+@pytest.mark.parametrize(
+    "image",
+    [LABELED, FAILED, replace(LABELED, num_prompts=3, prompts_key="a", dropped=Dropped(prompt=2))],
+    ids=["labeled", "failed", "prompted"],
+)
 def test_an_image_survives_the_way_to_a_row_and_back(image: LabeledImage) -> None:
     (row,) = pa.Table.from_pylist([image_row(image, "/d/s.tar")], schema=IMAGES).to_pylist()
     assert row_to_image(row) == replace(image, num_bytes=0, masks=(), seconds=Seconds())

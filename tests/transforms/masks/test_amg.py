@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from maskbeam.transforms.masks import amg, rle
 from maskbeam.transforms.masks.amg import (
     AmgConfig,
-    ImageMasks,
     ModelOutputError,
     call_now,
     label_image,
@@ -26,7 +25,7 @@ from maskbeam.transforms.masks.amg import (
 )
 from maskbeam.transforms.masks.crops import generate_crop_boxes
 from maskbeam.transforms.masks.prompts import build_point_grid
-from maskbeam.transforms.records import Dropped, Mask
+from maskbeam.transforms.records import Dropped, ImageMasks, Mask
 from tests.fakes import FakeSam, FakeScored
 
 RADII, WHITE_IOUS = (8, 14, 24), (1.0, 0.94, 0.88)
@@ -191,8 +190,8 @@ def test_one_grid_a_layer() -> None:
 def test_own_grids_are_used_as_they_are() -> None:
     image = label_points(white(400, 800), ((0.25, 0.5), (1.0, 0.0)), CENTRE, crop_overlap_ratio=0)
     assert image.num_candidates == 3 * (2 + 4)  # 2 on the image, 1 on each of 4 crops
-    on_image = {mask.point_xy for mask in image.masks if mask.crop_box_xywh == (0, 0, 800, 400)}
-    on_last_crop = {mask.point_xy for mask in image.masks if mask.crop_box_xywh == (400, 200, 400, 200)}
+    on_image = {mask.prompt.points_xy[0] for mask in image.masks if mask.crop_box_xywh == (0, 0, 800, 400)}
+    on_last_crop = {mask.prompt.points_xy[0] for mask in image.masks if mask.crop_box_xywh == (400, 200, 400, 200)}
     assert on_image == {(200, 200), (800, 0)}
     assert on_last_crop == {(600, 300)}
 
@@ -219,11 +218,11 @@ def test_record_of_a_mask() -> None:
     [mask] = [mask for mask in image.masks if mask.crop_box_xywh == crop_xywh and mask.predicted_iou == 1]
     ys, xs = np.nonzero(decode(mask))
     assert mask.size_hw == (256, 192)
-    assert mask.point_xy == (144, 64)
+    assert mask.prompt.points_xy[0] == (144, 64)
     assert mask.area == len(xs)
     assert mask.bbox_xywh == (xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1)
     assert 0 < mask.stability_score < 1
-    assert all(type(value) is float for value in (mask.predicted_iou, mask.stability_score, *mask.point_xy))
+    assert all(type(value) is float for value in (mask.predicted_iou, mask.stability_score, *mask.prompt.points_xy[0]))
 
 
 def test_best_predicted_iou_first() -> None:
@@ -236,7 +235,7 @@ def test_best_predicted_iou_first() -> None:
 def test_equal_predicted_iou_in_the_order_of_the_points() -> None:
     image = label(white(60, 80), points_per_side=3, box_nms_thresh=1)
     points = (build_point_grid(3) * (80, 60)).tolist()
-    assert [list(mask.point_xy) for mask in image.masks] == points * 3
+    assert [list(mask.prompt.points_xy[0]) for mask in image.masks] == points * 3
     assert [mask.predicted_iou for mask in image.masks] == [
         float(np.float32(iou)) for iou in WHITE_IOUS for _ in points
     ]

@@ -18,7 +18,7 @@ from maskbeam.transforms.masks.containment import (
     find_contained,
     with_parents,
 )
-from maskbeam.transforms.records import Dropped, Mask
+from maskbeam.transforms.records import Dropped, Mask, Prompt
 
 Box = tuple[int, int, int, int]
 
@@ -30,7 +30,7 @@ def mask_of(pixels: np.ndarray, predicted_iou: float = 0.5) -> Mask:
     height, width = pixels.shape
     area, counts = int(coco_mask.area(rle)), rle["counts"].decode()
     whole = (0.0, 0.0, float(width), float(height))
-    return Mask((height, width), counts, (x, y, w, h), area, predicted_iou, 0.9, (0.5, 0.5), whole)
+    return Mask((height, width), counts, (x, y, w, h), area, predicted_iou, 0.9, Prompt(((0.5, 0.5),)), whole)
 
 
 def square(box: Box) -> Mask:

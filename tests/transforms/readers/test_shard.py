@@ -24,9 +24,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskbeam.transforms import chunks as cutting
+from maskbeam.transforms import read_chunks as reading
 from maskbeam.transforms.files import streams as source
 from maskbeam.transforms.read_chunks import read_chunks
-from maskbeam.transforms.readers import shard as read
+from maskbeam.transforms.readers import parquet, shard, tar, tfrecord
 from maskbeam.transforms.readers.samples import ReadConfig
 from maskbeam.transforms.readers.shard import read_images
 from maskbeam.transforms.readers.tfrecord import _tensorflow
@@ -242,7 +244,7 @@ def test_webdataset_sample_is_its_photo(tmp_path: Path) -> None:
 
 def names_of(*members: str) -> list[str | None]:
     """The members of a tar that images are made of."""
-    reading = read.read_tar(io.BufferedReader(io.BytesIO(tar_bytes(*((name, b"x") for name in members)))), ReadConfig())
+    reading = tar.read_tar(io.BufferedReader(io.BytesIO(tar_bytes(*((name, b"x") for name in members)))), ReadConfig())
     return [sample.file_name for sample in reading]
 
 
@@ -277,9 +279,9 @@ IMAGE_NAMES = ["0.jpg", "0.png", "0.seg.png", "0.depth.png", "1.jpg", "1.left.jp
 @given(members=st.lists(st.sampled_from([*IMAGE_NAMES, "0.json"]), max_size=30), held=st.integers(0, 5))
 def test_every_image_of_a_tar_is_a_row_or_a_counted_annotation(members: list[str], held: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read, "HELD_IMAGES", held)
+        patch.setattr(tar, "HELD_IMAGES", held)
         source: Any = io.BufferedReader(io.BytesIO(tar_bytes(*((name, b"x") for name in members))))
-        samples = [sample for sample in read.read_tar(source, ReadConfig()) if sample.reason is None]
+        samples = [sample for sample in tar.read_tar(source, ReadConfig()) if sample.reason is None]
     rows = [sample.file_name for sample in samples]
     counted = sum((sample.annotations for sample in samples), Annotations())
     assert len(rows) + counted.images == sum(name != "0.json" for name in members)
@@ -315,7 +317,7 @@ def test_images_of_one_key_are_rows_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("limit", "value"), [("HELD_IMAGES", 3), ("HELD_BYTES", 3)])
 def test_images_that_wait_for_a_photo_are_few(limit: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the fourth nothing is taken for an annotation any more, so nothing is lost, and nothing waits."""
-    monkeypatch.setattr(read, limit, value)
+    monkeypatch.setattr(tar, limit, value)
     names = [f"2024.{number}.jpg" for number in range(8)]
     assert names_of(*names[:3], "2024.jpg", *names[3:]) == ["2024.jpg"]
     assert names_of(*names[:4], "2024.jpg", *names[4:]) == [*names[:4], "2024.jpg", *names[4:]]
@@ -672,7 +674,8 @@ def test_no_damage_raises(
 
 
 def test_large_file_fails_without_being_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "MAX_IMAGE_BYTES", 1000)
+    for module in (shard, tar, tfrecord, parquet):
+        monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 1000)
     assert (
         reason(read_all(tmp_path, make_loose(tmp_path, {"a.jpg": b"x" * 1001}))[0])
         == "the file is larger than 1000 bytes"
@@ -771,7 +774,7 @@ def test_chunks_are_consecutive_bounded_and_resumable(
     tar_shard: Shard, chunk_size: int, chunk_bytes: int, finished: set[int]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(cutting, "CHUNK_BYTES", chunk_bytes)
         chunks = chunks_of(tar_shard, chunk_size)
         resumed = chunks_of(tar_shard, chunk_size, finished)
     images = list(itertools.chain.from_iterable(chunk.images for chunk in chunks))
@@ -809,7 +812,7 @@ def test_at_most_one_chunk_and_one_image_are_in_memory(tar_shard: Shard) -> None
 
     before = alive()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read, "read_images", lambda *arguments: watched(read_images(*arguments)))
+        patch.setattr(reading, "read_images", lambda *arguments: watched(read_images(*arguments)))
         for chunk in read_chunks(tar_shard, ReadConfig(), "/", 3, set()):
             del chunk
     assert peak == 4
@@ -825,7 +828,7 @@ def test_chunk_is_given_before_the_one_after_next_image_is_read(tmp_path: Path) 
             yield image
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read, "read_images", counted)
+        patch.setattr(reading, "read_images", counted)
         next(read_chunks(shard, ReadConfig(), "/", 2, set()))
     assert given_images == [0, 1, 2]
 

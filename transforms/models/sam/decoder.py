@@ -1,21 +1,28 @@
-"""SAM's prompt encoder and mask decoder (KerasHub SAMPromptEncoder, SAMMaskDecoder) over their weights.
+"""SAM's mask decoder (KerasHub SAMMaskDecoder) over its weights.
 
 The decoder gives every prompt image tokens of its own, L = 4096 of C = 256 channels, and goes over them some twenty
 times. They never exist here. All prompts start from the same image tokens, and each layer adds an attention over only
-T = 7 prompt tokens in H = 8 heads of d = 16 channels, so a prompt's image tokens stay a sum of few terms, exactly up to
-rounding:
+T prompt tokens, 7 for a point or a box, in H = 8 heads of d = 16 channels, so a prompt's image tokens stay a sum of few
+terms, exactly up to rounding:
 
     tokens[l] = scale[l] * (base[l] + sum_r weights[r, l] * rows[r]) + constant
 
-with base (L, C) and constant (C,) shared by all prompts and R = 49 or 98 rows a prompt. An attention adds rows (values
-through the output projection) with its softmax as their weights. Layer normalisation is linear but for the variance,
-which follows from the inner products of base and rows; so it changes scale and rows.
+with base (L, C) and constant (C,) shared by all prompts and R = 49 or 98 rows a prompt, H * (T - 1) + 1 a layer. An
+attention adds rows (values through the output projection) with its softmax as their weights. Layer normalisation is
+linear but for the variance, which follows from the inner products of base and rows; so it changes scale and rows.
+
+A coarse mask as a prompt is 17 rows at the start, the same for all prompts (prompt_encoder.py), so that prompts with
+and without masks share all that is the image's.
+
+The cost of that sum grows with R**2. Above MAX_SHARED_SPARSE sparse tokens, image tokens are cheaper written out: from
+the first layer on their rows are the C unit vectors, with the tokens themselves, less base, as weights.
 
 What the prompts multiply with the shared parts has only d channels: queries and values of a head. So embed_context
 projects base for every head once an image, and a prompt's products with it take d, not C, multiplications a pixel.
 
-And there are two stages: predict_iou stops before the upscaling; upscale_masks does the rest for the prompts that
-passed the filter, and only for mask tokens 1..3.
+And there are two stages: predict_iou (one point a prompt, as the grid has it) and predict_prompts (any prompts) stop
+before the upscaling; upscale_masks does the rest for the prompts that passed the filter, for mask tokens 1..3, and
+upscale_pairs for one mask token of each.
 Reference: segment_anything/modeling/mask_decoder.py and transformer.py, commit dca509f.
 """
 
@@ -40,6 +47,17 @@ from maskbeam.transforms.models.sam.layers import (
     norm_weights,
     softmax,
 )
+from maskbeam.transforms.models.sam.prompt_encoder import (
+    absent_bias,
+    embed_masks,
+    foreground_tokens,
+    prompt_tokens,
+    read_prompt_encoder,
+)
+
+# Most sparse tokens of a prompt whose image tokens stay a sum. On two CPU cores a prompt of 16 took 66 ms with the sum
+# and 81 ms without, one of 24 took 104 and 84 ms.
+MAX_SHARED_SPARSE = 16
 
 
 @dataclass(frozen=True)
@@ -60,16 +78,10 @@ def read_decoder(prompt_encoder: Any, decoder: Any) -> tuple[DecoderShape, Weigh
     position = prompt_encoder.positional_embedding_layer
     upscaling = decoder.output_upscaling.layers
     transformer = decoder.transformer
-    weights = {
-        "point": {
-            "frequencies": np.asarray(ops.convert_to_numpy(position.positional_encoding_gaussian_matrix)),
-            "foreground": table(prompt_encoder.foreground_point_embed),
-            "padding": table(prompt_encoder.not_a_point_embed),
-        },
+    weights = read_prompt_encoder(prompt_encoder) | {
         "image_position": np.asarray(ops.convert_to_numpy(position.encode_image((grid, grid)))).reshape(
             grid * grid, -1
         ),
-        "no_mask": table(prompt_encoder.no_mask_embed),
         "output_tokens": np.concatenate([table(decoder.iou_token), table(decoder.mask_tokens)]),
         "layers": [
             {
@@ -87,8 +99,7 @@ def read_decoder(prompt_encoder: Any, decoder: Any) -> tuple[DecoderShape, Weigh
         "final": _read_attention(transformer.final_attention_token_to_image),
         "final_norm": norm_weights(transformer.final_layer_norm),
         "iou_head": mlp_weights(decoder.iou_prediction_head.mlp_block),
-        # Mask token 0 is SAM's single-mask answer, which automatic mask generation never reads.
-        "hypernetworks": [mlp_weights(network.mlp_block) for network in decoder.output_hypernetworks_mlps[1:]],
+        "hypernetworks": [mlp_weights(network.mlp_block) for network in decoder.output_hypernetworks_mlps],
         "upscaling": {
             "first": _read_first_upscaling(upscaling[0], transformer.layers[-1].layer_norm4),
             "norm": norm_weights(upscaling[1]),
@@ -202,17 +213,19 @@ class _ImageTokens:
       scale: (N, L) float32.
       weights: (N, R, L), rows: (N, R, C). A layer adds H * (T - 1) rows, its values through its output projection, and
         one for what no head adds.
-      values: (N, H, T - 1, d) of each layer.
+      values: (N, H, T - 1, d) of each layer; none if the tokens are written out.
+      mask_rows: how many of the rows are those of the coarse masks. They come first, alike for all prompts.
     """
 
     scale: Any
     weights: Any
     rows: Any
     values: tuple[Any, ...]
+    mask_rows: int = 0
 
 
 def predict_iou(weights: Weights, shape: DecoderShape, context: Weights, points: Any) -> tuple[Any, ...]:
-    """Runs the decoder up to the predicted IoU.
+    """Runs the decoder up to the predicted IoU, for the grid: mask token 0, SAM's single-mask answer, is not read.
 
     Args:
       context: of embed_context.
@@ -222,29 +235,80 @@ def predict_iou(weights: Weights, shape: DecoderShape, context: Weights, points:
       predicted IoU (N, 3) float32, and for upscale_masks: mask embeddings (N, 3, C/8) and the image tokens' scale
       (N, L), weights (N, R, L) and rows (N, R, C).
     """
+    return _decode(weights, shape, context, foreground_tokens(weights, points), first_mask=1)
+
+
+def predict_prompts(
+    weights: Weights, shape: DecoderShape, context: Weights, coords: Any, labels: Any, masks: Any = None
+) -> tuple[Any, ...]:
+    """Runs the decoder up to the predicted IoU, for prompts of any kind.
+
+    Args:
+      context: of embed_context.
+      coords: (N, K, 2) float32 (x, y) in [0, 1] of the frame.
+      labels: (N, K) int32, see prompt_encoder.py.
+      masks: (N, 4 * grid, 4 * grid) float32 logits in the model's frame, one a prompt; None = no prompt has one.
+
+    Returns:
+      as predict_iou, of all four masks, for upscale_pairs.
+    """
+    tokens = prompt_tokens(weights, coords, labels)
+    bias = absent_bias(labels, tokens.shape[1] - labels.shape[1], tokens.dtype)
+    image = None if masks is None else _mask_tokens(weights, masks)
+    write_out = labels.shape[1] > MAX_SHARED_SPARSE
+    return _decode(weights, shape, context, tokens, 0, bias, image, write_out)
+
+
+def _mask_tokens(weights: Weights, masks: Any) -> _ImageTokens:
+    """The image tokens that prompts with coarse masks start from."""
+    mask_weights = embed_masks(weights, masks)
+    count, _, positions = mask_weights.shape
+    rows = weights["mask_rows"]
+    shared = ops.broadcast_to(rows[None], (count, *rows.shape))
+    return _ImageTokens(ops.ones((count, positions)), mask_weights, shared, (), mask_rows=rows.shape[0])
+
+
+def _decode(
+    weights: Weights,
+    shape: DecoderShape,
+    context: Weights,
+    tokens: Any,
+    first_mask: int,
+    bias: Any = None,
+    image: _ImageTokens | None = None,
+    write_out: bool = False,
+) -> tuple[Any, ...]:
+    """The decoder up to the predicted IoU, as predict_iou returns it, for the masks from first_mask on.
+
+    Args:
+      tokens: (N, T, C).
+      bias: (N, T), added where tokens are the keys of an attention: -1e30 takes one out. Image tokens need none, since
+        the queries of an attention do not see each other. None: no token is absent.
+      image: what the prompts' image tokens start from; None: from the image alone.
+      write_out: see the module's docstring.
+    """
     heads = shape.num_heads
-    image = None
-    tokens = _prompt_tokens(weights, points)
     queries = tokens
     for index, (layer, tables) in enumerate(zip(weights["layers"], context["layers"], strict=True)):
         if index == 0:
-            queries = _self_attention(layer["self"], queries, queries, heads)
+            queries = _self_attention(layer["self"], queries, queries, heads, bias)
         else:
-            queries = queries + _self_attention(layer["self"], queries + tokens, queries, heads)
+            queries = queries + _self_attention(layer["self"], queries + tokens, queries, heads, bias)
         queries = layer_norm(layer["norm1"], queries)
         attended = _to_image(layer["to_image"], tables["to_image"], queries + tokens, image, heads)
         queries = layer_norm(layer["norm2"], queries + attended)
         queries = layer_norm(layer["norm3"], queries + mlp(layer["mlp"], queries, ops.relu))
-        image = _to_token(layer, tables, image, queries + tokens, queries, heads)
+        image = _to_token(layer, tables, image, queries + tokens, queries, heads, bias, write_out)
     assert image is not None  # SAM has two layers
-    # Mask token 0 and the prompt's own tokens are read no more.
-    outputs = [0, *range(2, len(weights["hypernetworks"]) + 2)]
+    # The other mask tokens and the prompt's own tokens are read no more.
+    hypernetworks = weights["hypernetworks"][first_mask:]
+    outputs = [0, *range(1 + first_mask, 1 + first_mask + len(hypernetworks))]
     queries = ops.stack([queries[:, i] for i in outputs], axis=1)
     tokens = ops.stack([tokens[:, i] for i in outputs], axis=1)
     attended = _to_image(weights["final"], context["final"], queries + tokens, image, heads)
     queries = layer_norm(weights["final_norm"], queries + attended)
-    predicted_iou = mlp(weights["iou_head"], queries[:, 0], ops.relu)[:, 1:]
-    embeddings = [mlp(network, queries[:, 1 + i], ops.relu) for i, network in enumerate(weights["hypernetworks"])]
+    predicted_iou = mlp(weights["iou_head"], queries[:, 0], ops.relu)[:, first_mask:]
+    embeddings = [mlp(network, queries[:, 1 + i], ops.relu) for i, network in enumerate(hypernetworks)]
     return ops.cast(predicted_iou, "float32"), ops.stack(embeddings, axis=1), image.scale, image.weights, image.rows
 
 
@@ -273,10 +337,42 @@ def upscale_masks(
     Returns:
       (K, 3, 4 * grid, 4 * grid) float32.
     """
+    parts = (ops.take(part, prompts, axis=0) for part in (embeddings, scale, token_weights, rows))
+    return _upscale(weights, shape, shared, *parts)
+
+
+def upscale_pairs(
+    weights: Weights,
+    shape: DecoderShape,
+    shared: Any,
+    embeddings: Any,
+    scale: Any,
+    token_weights: Any,
+    rows: Any,
+    pairs: Any,
+) -> Any:
+    """Mask logits of one mask token of each of some prompts.
+
+    Args:
+      weights, shared: as in upscale_masks.
+      embeddings (N, 4, C/8), scale, token_weights, rows: of predict_prompts.
+      pairs: (K, 2) int32: row of the batch, and mask token from 0 to 3.
+
+    Returns:
+      (K, 4 * grid, 4 * grid) float32.
+    """
+    prompts, tokens = pairs[:, 0], pairs[:, 1]
+    count, masks, width = embeddings.shape
+    chosen = ops.take(ops.reshape(embeddings, (count * masks, width)), prompts * masks + tokens, axis=0)[:, None]
+    parts = (ops.take(part, prompts, axis=0) for part in (scale, token_weights, rows))
+    return _upscale(weights, shape, shared, chosen, *parts)[:, 0]
+
+
+def _upscale(
+    weights: Weights, shape: DecoderShape, shared: Any, embeddings: Any, scale: Any, token_weights: Any, rows: Any
+) -> Any:
+    """Mask logits (K, M, 4 * grid, 4 * grid) of K prompts, for embeddings (K, M, C/8)."""
     grid = shape.grid
-    embeddings, scale, token_weights, rows = (
-        ops.take(part, prompts, axis=0) for part in (embeddings, scale, token_weights, rows)
-    )
     kernel = weights["first"]["kernel"]
     own = ops.matmul(ops.transpose(token_weights, (0, 2, 1)), ops.matmul(rows, kernel))
     x = (shared + own) * ops.cast(scale, kernel.dtype)[:, :, None] + weights["first"]["bias"]  # (K, L, 4 * C/4)
@@ -298,27 +394,6 @@ def _norm_centered(weights: Weights, x: Any) -> Any:
     wide = ops.cast(x, "float32")
     variance = ops.mean(ops.square(wide), axis=-1, keepdims=True)
     return ops.cast(wide * ops.rsqrt(variance + weights["epsilon"]) * weights["gamma"] + weights["beta"], x.dtype)
-
-
-def _prompt_tokens(weights: Weights, points: Any) -> Any:
-    """(N, 2) points -> (N, T, C): IoU token, mask tokens, the point, and the padding point SAM adds without a box.
-
-    Positions are encoded in float32: bfloat16 would round coordinates to whole pixels.
-    """
-    point = weights["point"]
-    angles = ops.matmul(2 * points - 1, point["frequencies"]) * np.float32(2 * math.pi)
-    encoded = ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1) + point["foreground"]
-    count, width = encoded.shape
-    outputs = weights["output_tokens"]
-    dtype = outputs.dtype
-    return ops.concatenate(
-        [
-            ops.broadcast_to(outputs[None], (count, *outputs.shape)),
-            ops.cast(encoded, dtype)[:, None],
-            ops.broadcast_to(ops.cast(point["padding"], dtype)[None], (count, 1, width)),
-        ],
-        axis=1,
-    )
 
 
 def _split_heads(x: Any, heads: int) -> Any:
@@ -355,13 +430,15 @@ def _per_head(x: Any, table: Any) -> Any:
     return ops.transpose(ops.reshape(ops.matmul(x, table), (heads, count, tokens, -1)), (1, 0, 2, 3))
 
 
-def _self_attention(weights: Weights, queries: Any, values: Any, heads: int) -> Any:
-    """Plain attention among the tokens of a prompt; keys are the queries' inputs."""
+def _self_attention(weights: Weights, queries: Any, values: Any, heads: int, bias: Any) -> Any:
+    """Plain attention among the tokens of a prompt; keys are the queries' inputs. For bias see _decode."""
     q = _scaled_heads(weights["query"], queries, heads)
     k = _split_heads(dense(weights["key"], queries), heads)
     v = _split_heads(dense(weights["value"], values), heads)
-    scores = softmax(ops.matmul(q, ops.transpose(k, (0, 1, 3, 2))), axis=-1)
-    return dense(weights["out"], _join_heads(ops.matmul(scores, v)))
+    logits = ops.matmul(q, ops.transpose(k, (0, 1, 3, 2)))
+    if bias is not None:
+        logits = logits + bias[:, None, None]
+    return dense(weights["out"], _join_heads(ops.matmul(softmax(logits, axis=-1), v)))
 
 
 def _logits(vectors: Any, tables: Weights, projection: Weights, image: _ImageTokens | None) -> Any:
@@ -395,17 +472,31 @@ def _to_image(weights: Weights, tables: Weights, queries: Any, image: _ImageToke
     return dense(weights["out"], _join_heads(gathered / total + tables["constant"]))
 
 
-def _to_token(layer: Weights, tables: Weights, image: _ImageTokens | None, keys: Any, values: Any, heads: int) -> Any:
-    """Image-to-token attention and the layer normalisation after it.
+def _to_token(
+    layer: Weights,
+    tables: Weights,
+    image: _ImageTokens | None,
+    keys: Any,
+    values: Any,
+    heads: int,
+    bias: Any,
+    write_out: bool,
+) -> _ImageTokens:
+    """Image-to-token attention and the layer normalisation after it. For bias and write_out see _decode.
 
-    A softmax over T tokens is that over the differences from the first: T - 1 logits and T - 1 values.
+    A softmax over T tokens is that over the differences from the first: T - 1 logits and T - 1 values. The first one,
+    the IoU token, is never absent.
     """
     weights = layer["to_token"]
     k = _scaled_heads(weights["key"], keys, heads)
     v = _split_heads(dense(weights["value"], values), heads)
-    shares = _softmax_beside_zero(_logits(k[:, :, 1:] - k[:, :, :1], tables["to_token"], weights["query"], image))
+    logits = _logits(k[:, :, 1:] - k[:, :, :1], tables["to_token"], weights["query"], image)
+    if bias is not None:
+        logits = logits + bias[:, None, 1:, None]
+    shares = _softmax_beside_zero(logits)
     row = dense(weights["out"], _join_heads(v[:, :, :1])) + tables["constant"]
-    return _add_and_norm(image, shares, v[:, :, 1:] - v[:, :, :1], row, layer, tables)
+    add_and_norm = _write_out if write_out else _add_and_norm
+    return add_and_norm(image, shares, v[:, :, 1:] - v[:, :, :1], row, layer, tables)
 
 
 def _softmax_beside_zero(logits: Any) -> Any:
@@ -446,7 +537,10 @@ def _add_and_norm(
 
     # |centered + sum_r weights[r] * rows[r]|**2, in float32
     with_base = []
-    first = 0
+    first = image.mask_rows if image is not None else 0
+    if first:
+        of_masks = ops.matmul(rows[:1, :first], ops.transpose(tables["centered"]))
+        with_base.append(ops.broadcast_to(of_masks, (count, first, positions)))
     for of_layer, table in zip(all_values, tables["outputs"], strict=True):
         with_base.append(ops.reshape(_per_head(of_layer, table), (count, -1, positions)))
         first += with_base[-1].shape[1] + 1
@@ -463,4 +557,23 @@ def _add_and_norm(
         weights=weights,
         rows=rows * ops.cast(norm["gamma"], dtype),
         values=all_values,
+        mask_rows=image.mask_rows if image is not None else 0,
     )
+
+
+def _write_out(
+    image: _ImageTokens | None, shares: Any, values: Any, row: Any, layer: Weights, tables: Weights
+) -> _ImageTokens:
+    """As _add_and_norm, but the image tokens are written out. What the next layer has as base and constant is known."""
+    count, _, _, positions = shares.shape
+    x = tables["centered"]  # the mean that it lacks would be removed below
+    if image is not None:
+        own = ops.matmul(ops.transpose(image.weights, (0, 2, 1)), image.rows)
+        x = ops.cast(image.scale, own.dtype)[..., None] * (x + own)
+    gathered = _join_heads(ops.matmul(ops.transpose(shares, (0, 1, 3, 2)), values))
+    x = layer_norm(layer["norm4"], x + ops.matmul(gathered, layer["to_token"]["out"]["kernel"]) + row)
+    gamma, beta = (ops.cast(layer["norm4"][name], x.dtype) for name in ("gamma", "beta"))
+    own = ops.transpose(x - (tables["centered"] * gamma + beta), (0, 2, 1))
+    unit = ops.eye(x.shape[-1], dtype=x.dtype)
+    rows = ops.broadcast_to(unit[None], (count, *unit.shape))
+    return _ImageTokens(ops.ones((count, positions)), own, rows, values=())

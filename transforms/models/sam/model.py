@@ -1,7 +1,9 @@
 """The model: any SAM preset of KerasHub, compiled for the backend. The only seam to Keras (with sam_*.py).
 
 load_sam(preset) -> Sam, whose methods transforms/masks/amg.py describes (the protocol of the same name). Device shapes
-depend on the model and on points_per_batch alone: batches are padded, so one compilation serves every image.
+depend on the model and on points_per_batch alone: batches are padded, so one compilation serves every image. Prompts of
+any kind have a few more shapes, each compiled when it is first needed: a run of boxes compiles four programs (the image
+encoder, two sizes of batches, and the upscaling), a run of all kinds about ten.
 """
 
 from __future__ import annotations
@@ -21,12 +23,20 @@ with native_stderr_silenced():
     from keras import ops
 
 from maskbeam.transforms.masks.amg import DTYPES
-from maskbeam.transforms.models.backend import compile_for_backend, runs_on_cpu
+from maskbeam.transforms.models.backend import Programs, compile_for_backend, runs_on_cpu
 from maskbeam.transforms.models.check_preset import check_preset
 from maskbeam.transforms.models.sam import conv_encoder as sam_conv_encoder
 from maskbeam.transforms.models.sam import encoder as sam_encoder
-from maskbeam.transforms.models.sam.decoder import embed_context, predict_iou, read_decoder, upscale_masks
+from maskbeam.transforms.models.sam.decoder import (
+    embed_context,
+    predict_iou,
+    predict_prompts,
+    read_decoder,
+    upscale_masks,
+    upscale_pairs,
+)
 from maskbeam.transforms.models.sam.layers import Weights
+from maskbeam.transforms.models.sam.prompt_encoder import ABSENT
 from maskbeam.transforms.presets.embedded import PresetError, check_model_name, resolve_preset
 
 # Prompts upscaled in one call: at most so many, so that padding the last call wastes little, and at most so many values
@@ -39,8 +49,13 @@ _MAX_UPSCALE_VALUES = 2**24
 _CPU_PROMPTS = 8
 _CPU_UPSCALE_VALUES = 2**18
 
+# Prompts of any kind in one call: few, so that a photo with one box does not pay for many, or many. On a CPU many are
+# what stays in the cache; an accelerator is as fast with eight as with one.
+_CPU_PROMPT_BATCHES = (2, _CPU_PROMPTS)
+_PROMPT_BATCHES = (8, 64)
+
 # These stay float32 in every precision: norms are computed in float32, and prompt coordinates need all their digits.
-_FLOAT32_WEIGHTS = ("gamma", "beta", "epsilon", "frequencies", "foreground", "padding")
+_FLOAT32_WEIGHTS = ("gamma", "beta", "epsilon", "frequencies", "foreground", "padding", "types")
 
 
 def load_sam(preset: str, dtype: str = "float32") -> Sam:
@@ -87,8 +102,8 @@ class ScoredPrompts:
 
     Attributes:
       count: prompts in the batch; the rows after them are padding.
-      iou: (P, 3) tensor.
-      parts: what upscale_masks needs of the image and of the prompts.
+      iou: (P, 3) tensor; (P, 4) of score_prompts, with mask token 0.
+      parts: what the upscaling needs of the image and of the prompts.
     """
 
     count: int
@@ -96,7 +111,7 @@ class ScoredPrompts:
     parts: tuple[Any, ...]
 
     def predicted_iou(self) -> np.ndarray:
-        """(count, 3) float32; waits for the device."""
+        """(count, 3) float32, or (count, 4); waits for the device."""
         return np.asarray(ops.convert_to_numpy(self.iou))[: self.count]
 
 
@@ -118,6 +133,8 @@ class Sam:
             score_step, upscale_step = _CPU_PROMPTS, max(min(_CPU_UPSCALE_VALUES // values, upscale_batch), 1)
         self._score_step = score_step or 1
         self._upscale_batch = upscale_batch // upscale_step * upscale_step
+        self._pairs_batch = upscale_step
+        self.prompt_batches: tuple[int, ...] = _CPU_PROMPT_BATCHES if runs_on_cpu() else _PROMPT_BATCHES
         encoder = _to_device(encoder_weights, dtype)
         decoder = _to_device(decoder_weights, dtype)
 
@@ -133,9 +150,24 @@ class Sam:
             *scored, prompts = parts
             return _in_steps(partial(upscale_masks, weights, decoder_shape, *scored), prompts, upscale_step)
 
+        def score_any(weights: Weights, context: Weights, *prompts: Any) -> tuple[Any, ...]:
+            return predict_prompts(weights, decoder_shape, context, *prompts)
+
+        def refine(weights: Weights, context: Weights, coords: Any, labels: Any, pairs: Any, *parts: Any) -> Any:
+            # All of the batch, padding included, so that the logits never leave the device.
+            some = partial(upscale_pairs, weights["upscaling"], decoder_shape, *parts)
+            step = upscale_step if pairs.shape[0] % upscale_step == 0 else pairs.shape[0]
+            return predict_prompts(weights, decoder_shape, context, coords, labels, _in_steps(some, pairs, step))
+
+        def upscale_some(weights: Weights, *parts: Any) -> Any:
+            return upscale_pairs(weights, decoder_shape, *parts)
+
         self._embed = compile_for_backend(embed, (encoder, decoder))
         self._predict_iou = compile_for_backend(score, decoder)
         self._upscale_masks = compile_for_backend(upscale, decoder["upscaling"])
+        self._score_prompts = Programs(score_any, decoder)
+        self._refine = Programs(refine, decoder)
+        self._upscale_pairs = Programs(upscale_some, decoder["upscaling"])
 
     def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> Weights:
         """See maskbeam.transforms.masks.amg.Sam."""
@@ -163,6 +195,60 @@ class Sam:
             rows_left = len(prompts) - first
             logits[first : first + batch] = ops.convert_to_numpy(part)[:rows_left]
         return logits
+
+    def score_prompts(
+        self,
+        context: Weights,
+        coords_xy: np.ndarray,
+        labels: np.ndarray,
+        masks: np.ndarray | None,
+        batch_size: int,
+    ) -> ScoredPrompts:
+        """See maskbeam.transforms.masks.amg.Sam."""
+        prompts = list(self._to_batch(coords_xy, labels, batch_size))
+        if masks is not None:
+            padded = np.zeros((batch_size, self.low_size, self.low_size), np.float32)
+            padded[: len(masks)] = masks
+            prompts.append(padded)
+        iou, *parts = self._score_prompts.of(batch_size, labels.shape[1], masks is None)(context, *prompts)
+        return ScoredPrompts(len(labels), iou, (context["upscaling"], *parts))
+
+    def refine_prompts(
+        self, context: Weights, coords_xy: np.ndarray, labels: np.ndarray, scored: ScoredPrompts, tokens: np.ndarray
+    ) -> ScoredPrompts:
+        """See maskbeam.transforms.masks.amg.Sam."""
+        batch_size, rows = scored.iou.shape[0], scored.parts[-1].shape[1]
+        coords, padded_labels = self._to_batch(coords_xy, labels, batch_size)
+        pairs = np.zeros((batch_size, 2), np.int32)
+        pairs[:, 0] = np.arange(batch_size)
+        pairs[: len(tokens), 1] = tokens
+        program = self._refine.of(batch_size, labels.shape[1], rows)
+        iou, *parts = program(context, coords, padded_labels, pairs, *scored.parts)
+        return ScoredPrompts(len(labels), iou, (context["upscaling"], *parts))
+
+    def mask_logits(self, scored: ScoredPrompts, prompts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """See maskbeam.transforms.masks.amg.Sam."""
+        logits = np.empty((len(prompts), self.low_size, self.low_size), np.float32)
+        batch, (prompts_in_batch, rows) = self._pairs_batch, scored.parts[-1].shape[:2]
+        program = self._upscale_pairs.of(prompts_in_batch, rows)
+        pending = []
+        for first in range(0, len(prompts), batch):
+            pairs = np.zeros((batch, 2), np.int32)
+            some = slice(first, first + batch)
+            pairs[: len(prompts[some])] = np.stack([prompts[some], tokens[some]], axis=1)
+            pending.append(program(*scored.parts, pairs))
+        for first, part in zip(range(0, len(prompts), batch), pending, strict=True):
+            logits[first : first + batch] = ops.convert_to_numpy(part)[: len(prompts) - first]
+        return logits
+
+    def _to_batch(self, coords_xy: np.ndarray, labels: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Coordinates in [0, 1] float32 and labels int32 of a full batch; its last prompts have no token."""
+        # As in score: the middle of a pixel, in double until the last step.
+        coords = np.zeros((batch_size, *coords_xy.shape[1:]))
+        coords[: len(coords_xy)] = (coords_xy + 0.5) / self.frame_size
+        padded = np.full((batch_size, labels.shape[1]), ABSENT, np.int32)
+        padded[: len(labels)] = labels
+        return coords.astype(np.float32), padded
 
 
 def _read_encoder(encoder: Any) -> tuple[Callable[..., Any], Any, Weights]:
