@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from maskbeam.transforms.labels.dataset import ImageLabels, decode_mask, open_labels
     from maskbeam.transforms.load_model import load_sam
-    from maskbeam.transforms.masks.amg import AmgConfig, ImageMasks, Sam, label_image
-    from maskbeam.transforms.records import Mask
+    from maskbeam.transforms.masks.amg import AmgConfig, Sam, label_image
+    from maskbeam.transforms.records import ImageMasks, Mask
 
 __all__ = [
     "AmgConfig",
@@ -33,7 +33,7 @@ __all__ = [
 _MODULES = {
     "AmgConfig": "maskbeam.transforms.masks.amg",
     "ImageLabels": "maskbeam.transforms.labels.dataset",
-    "ImageMasks": "maskbeam.transforms.masks.amg",
+    "ImageMasks": "maskbeam.transforms.records",
     "Mask": "maskbeam.transforms.records",
     "Sam": "maskbeam.transforms.masks.amg",
     "decode_mask": "maskbeam.transforms.labels.dataset",

@@ -51,7 +51,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "certify": parse_certify,
 }
 
-# What stands in for a download of SAM's weights, and keeps the model's work small. Nothing else of a command is changed.
+# What stands in for a download of SAM's weights, and keeps the model's work small. Nothing else is changed.
 STAND_IN = "sam_tiny"
 SMALLER = {"label": ["--points_per_side", "4"], "certify": ["--points_per_side", "4"]}
 
@@ -189,12 +189,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run_bash(block: Block, prepared: Path) -> None:
+def run_bash(block: Block) -> None:
     for line in block.text.splitlines():
         if not line.startswith("maskbeam "):
             SHELL[line]()
             continue
-        command = shlex.split(line)[1:]
+        command = shlex.split(line, comments=True)[1:]
         if command[0] == "label":  # the page starts from photos
             shutil.rmtree(command[command.index("--output") + 1], ignore_errors=True)
         if "--model" in command:
@@ -218,7 +218,7 @@ def test_every_snippet_of_a_page_runs(
         if block.reason or not block.language:
             continue
         if block.language == "bash":
-            run_bash(block, prepared)
+            run_bash(block)
         elif block.language == "sql":
             assert duckdb.sql(block.text).fetchall() is not None
         else:
