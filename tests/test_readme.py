@@ -83,7 +83,7 @@ def find_blocks(page: Path) -> list[Block]:
     text = page.read_text()
     return [
         Block(page, text[: found.start()].count("\n") + 1, found[1], found[2] or "", found[3])
-        for found in re.finditer(r"^```(\w*)(?: other: (.+))?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        for found in re.finditer(r"^```(\w*)(?: other: ([^\n]+))?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     ]
 
 
