@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
 
 # Formats a shard can have. "image" is a directory's loose image files; the others are one file each.
 FORMATS = ("tfrecord", "tar", "parquet", "image")
@@ -175,7 +176,8 @@ class EncodedImage:
       data: the file's bytes; empty where reading failed.
       failure: set where reading failed.
       annotations: other images of its sample, which are not labeled.
-      prompts: what to find in it, where its record says so; None = nothing said.
+      prompts: what to find in it, where its record says so: rows of maskbeam.transforms.prompt_files.rows.SCHEMA, since
+        its size is not known yet; None = nothing said.
     """
 
     image_id: str
@@ -185,7 +187,7 @@ class EncodedImage:
     data: bytes
     failure: Failure | None = None
     annotations: Annotations = NO_ANNOTATIONS
-    prompts: Prompts | None = None
+    prompts: pa.RecordBatch | None = None
 
 
 @dataclass(frozen=True)
