@@ -33,10 +33,12 @@ from PIL import Image
 
 from benchmarks.machine import describe_machine, print_machine, rss_bytes, set_environment
 from benchmarks.photos import SHIPPED_PHOTOS, chunk_of, find_photos
-from maskbeam.transforms.generate_masks import ModelHealth, label_chunk
+from maskbeam.transforms.generate_masks import label_chunk
 from maskbeam.transforms.images import ImageConfig
 from maskbeam.transforms.load_model import ModelConfig, load_model
 from maskbeam.transforms.masks.amg import MASKS_PER_POINT, AmgConfig, Sam
+from maskbeam.transforms.masks.automatic import AutomaticLabeler
+from maskbeam.transforms.model_health import ModelHealth
 from maskbeam.transforms.records import LabeledImage
 from maskbeam.transforms.threads import host_threads
 
@@ -115,7 +117,7 @@ def labeler(sam: Sam, threads: ThreadPoolExecutor) -> Label:
         labeled: list[LabeledImage] = []
         for first in range(0, len(images), CHUNK_SIZE):
             chunk = chunk_of(images[first : first + CHUNK_SIZE])
-            labeled += label_chunk(sam, chunk, ImageConfig(), config, threads, ModelHealth()).images
+            labeled += label_chunk(AutomaticLabeler(sam, config), chunk, ImageConfig(), threads, ModelHealth()).images
         failures = [image.failure.reason for image in labeled if image.failure]
         if failures:
             raise RuntimeError(f"{len(failures)} images failed: {failures[0]}")

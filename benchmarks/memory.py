@@ -38,10 +38,12 @@ from benchmarks.machine import (
     set_environment,
 )
 from benchmarks.photos import REPOSITORY, SHIPPED_PHOTOS, chunk_of
-from maskbeam.transforms.generate_masks import ModelHealth, label_chunk
+from maskbeam.transforms.generate_masks import label_chunk
 from maskbeam.transforms.images import ImageConfig
 from maskbeam.transforms.load_model import ModelConfig, load_model
 from maskbeam.transforms.masks.amg import AmgConfig, Sam, Scored
+from maskbeam.transforms.masks.automatic import AutomaticLabeler
+from maskbeam.transforms.model_health import ModelHealth
 from maskbeam.transforms.records import LabeledImage
 from maskbeam.transforms.threads import host_threads
 
@@ -139,7 +141,7 @@ def measure(data: bytes, points_per_side: int) -> dict[str, Any]:
 
         def label(image: bytes) -> LabeledImage:
             (labeled,) = label_chunk(
-                sam, chunk_of([image]), ImageConfig(), config, threads, health=ModelHealth()
+                AutomaticLabeler(sam, config), chunk_of([image]), ImageConfig(), threads, health=ModelHealth()
             ).images
             if labeled.failure:
                 raise RuntimeError(f"labeling failed: {labeled.failure.reason}")

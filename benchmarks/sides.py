@@ -140,12 +140,14 @@ class Ours:
 
     def run_in_flight(self, data: bytes, copies: int, answers: Answers | None) -> float:
         """Seconds an image when `copies` of one encoded photo go through the pipeline's model stage."""
-        from maskbeam.transforms.generate_masks import ModelHealth, label_chunk
+        from maskbeam.transforms.generate_masks import label_chunk
+        from maskbeam.transforms.masks.automatic import AutomaticLabeler
+        from maskbeam.transforms.model_health import ModelHealth
 
         sam = self.sam if answers is None else AnsweringSam(self.sam, answers)
         start = time.perf_counter()
         labeled = label_chunk(
-            sam, chunk_of([data] * copies), ImageConfig(), self.config, self._threads, ModelHealth()
+            AutomaticLabeler(sam, self.config), chunk_of([data] * copies), ImageConfig(), self._threads, ModelHealth()
         ).images
         seconds = time.perf_counter() - start
         failures = [image.failure.reason for image in labeled if image.failure]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import apache_beam as beam
@@ -14,6 +15,7 @@ from maskbeam.transforms.images import ImageConfig
 from maskbeam.transforms.labels.layout import OutputConfig
 from maskbeam.transforms.load_model import LoadSam, ModelConfig, load_model
 from maskbeam.transforms.masks.amg import AmgConfig
+from maskbeam.transforms.masks.automatic import AutomaticLabeler
 from maskbeam.transforms.match_shards import InputConfig
 from maskbeam.transforms.read_chunks import ReadChunks
 from maskbeam.transforms.read_manifest import ReadManifest
@@ -61,7 +63,10 @@ def build(
     )
     reports = (
         chunks
-        | "GenerateMasks" >> GenerateMasks(job.model, job.images, job.amg, run["backend"], load, progress_dir)
+        | "GenerateMasks"
+        >> GenerateMasks(
+            job.model, job.images, partial(AutomaticLabeler, config=job.amg), run["backend"], load, progress_dir
+        )
         | "WriteParquet" >> WriteParquet(job.output, run)  # ChunkReport, after the chunk's files are committed
     )
     return (reports, finished) | "Summarize" >> Summarize(output, run)  # Totals -> summary.json

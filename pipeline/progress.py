@@ -1,7 +1,7 @@
 """Progress bars, and that of a local run: images, images/s and the time left, as its worker processes say.
 
 Each process appends to its own file a record for each image, and for each state of its start-up
-(transforms/generate_masks.py), so it works the same with threads and with processes. Where only the bytes of the input
+(transforms/worker_progress.py), so it works the same with threads and with processes. Where only the bytes of the input
 are known, not the images in it, the total is an estimate, marked ~.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from maskbeam.transforms.generate_masks import COMPILING, IMAGE, LOADING, PROGRESS_RECORD, READING, READY
+from maskbeam.transforms.worker_progress import COMPILING, IMAGE, LOADING, PROGRESS_RECORD, READING, READY
 
 # Without a terminal a line is printed this often, in seconds, and a first one soon: a model takes its time to load.
 _LINE_INTERVAL = 10.0

@@ -337,6 +337,17 @@ class Seconds(Sums):
 
 
 @dataclass(frozen=True)
+class ImageMasks:
+    """What a labeler makes of one image. The fields are those of LabeledImage; seconds are those it took here."""
+
+    masks: tuple[Mask, ...]
+    num_candidates: int
+    dropped: Dropped
+    seconds: Seconds
+    candidates: tuple[tuple[StoredCandidate, ...], ...] = ()
+
+
+@dataclass(frozen=True)
 class WorkerTime(Sums):
     """Wall time of worker processes in seconds, summed over them, so that it gives the pace of one.
 

@@ -5,13 +5,26 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 
 _MAX_THREADS = 16
+
+# How work is given to threads: submit(function, *arguments).
+Submit = Callable[..., "Future[Any]"]
+
+
+def call_now(function: Callable[..., Any], *args: Any) -> Future[Any]:
+    """A Submit without threads: runs the call at once."""
+    future: Future[Any] = Future()
+    try:
+        future.set_result(function(*args))
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 class _BlasLimit:

@@ -33,16 +33,16 @@ from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.evaluation.agreement import MATCH_IOU, Agreement, compare_masks
 from maskbeam.transforms.evaluation.binomial import trials_needed, upper_bound
 from maskbeam.transforms.files.paths import relative_path
-from maskbeam.transforms.generate_masks import ModelBroken
 from maskbeam.transforms.images import ImageConfig, ImageError, decode_image
 from maskbeam.transforms.load_model import LoadSam, ModelConfig, load_model, use_backend
-from maskbeam.transforms.masks.amg import CANDIDATE_SETTINGS, AmgConfig, Sam, Submit, call_now, label_image
+from maskbeam.transforms.masks.amg import CANDIDATE_SETTINGS, AmgConfig, Sam, label_image
 from maskbeam.transforms.match_shards import InputConfig, Matched, match_shards
+from maskbeam.transforms.model_health import ModelBroken
 from maskbeam.transforms.presets.embedded import check_model_name
 from maskbeam.transforms.readers.samples import ReadConfig
 from maskbeam.transforms.readers.shard import read_images
 from maskbeam.transforms.records import EncodedImage, Failure
-from maskbeam.transforms.threads import host_threads
+from maskbeam.transforms.threads import Submit, call_now, host_threads
 
 CONFIDENCE = 0.95
 

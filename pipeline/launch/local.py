@@ -41,11 +41,11 @@ from maskbeam.pipeline.progress import Progress
 from maskbeam.pipeline.results import describe_model, escape_controls, format_some
 from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.files.outage import StoreUnavailable
-from maskbeam.transforms.generate_masks import ModelBroken
 from maskbeam.transforms.labels.commit import RunReplaced
 from maskbeam.transforms.labels.resume import InputChanged
 from maskbeam.transforms.load_model import LoadSam, load_model, use_backend
 from maskbeam.transforms.match_shards import Matched, check_output, match_shards
+from maskbeam.transforms.model_health import ModelBroken
 from maskbeam.transforms.presets.embedded import PresetError, check_model_name
 from maskbeam.transforms.records import Totals
 from maskbeam.transforms.summarize import read_totals

@@ -9,7 +9,7 @@ import pytest
 
 from maskbeam.pipeline import progress as progress_module
 from maskbeam.pipeline.progress import Progress
-from maskbeam.transforms.generate_masks import COMPILING, IMAGE, LOADING, PROGRESS_RECORD, READING, READY
+from maskbeam.transforms.worker_progress import COMPILING, IMAGE, LOADING, PROGRESS_RECORD, READING, READY
 from tests.fakes import Clock
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,29 @@ from apache_beam.testing.util import assert_that, equal_to
 from PIL import Image
 
 from maskbeam.pipeline.launch.identity import default_backend
-from maskbeam.transforms import generate_masks as segment
-from maskbeam.transforms.generate_masks import (
-    GenerateMasks,
-    ModelBroken,
-    ModelHealth,
-    is_out_of_memory,
-    label_chunk,
-    probe_config,
-    probe_pixels,
-)
+from maskbeam.transforms import worker_progress
+from maskbeam.transforms.generate_masks import GenerateMasks, label_chunk
 from maskbeam.transforms.images import ImageConfig
+from maskbeam.transforms.labeler import Labeler, PromptError
 from maskbeam.transforms.load_model import ModelConfig
-from maskbeam.transforms.masks import amg
+from maskbeam.transforms.masks import amg, automatic
 from maskbeam.transforms.masks.amg import AmgConfig, label_image
-from maskbeam.transforms.records import Chunk, EncodedImage, Failure, LabeledChunk, LabeledImage, Shard, WorkerTime
+from maskbeam.transforms.masks.automatic import AutomaticLabeler, probe_config
+from maskbeam.transforms.model_health import ModelBroken, ModelHealth, is_out_of_memory, probe_pixels
+from maskbeam.transforms.records import (
+    Chunk,
+    Dropped,
+    EncodedImage,
+    Failure,
+    ImageMasks,
+    LabeledChunk,
+    LabeledImage,
+    Prompts,
+    Seconds,
+    Shard,
+    WorkerTime,
+)
+from maskbeam.transforms.threads import Submit
 from tests.conftest import photo_bytes
 from tests.fakes import FakeSam, FakeScored
 
@@ -64,9 +73,15 @@ Label = Callable[..., LabeledChunk]
 @pytest.fixture
 def label(threads: ThreadPoolExecutor) -> Label:
     def label(
-        chunk: Chunk, sam: Any = None, health: ModelHealth | None = None, amg: AmgConfig = AMG, **arguments: Any
+        chunk: Chunk,
+        sam: Any = None,
+        health: ModelHealth | None = None,
+        amg: AmgConfig = AMG,
+        labeler: Labeler | None = None,
+        **arguments: Any,
     ) -> LabeledChunk:
-        return label_chunk(sam or FakeSam(), chunk, ImageConfig(), amg, threads, health or ModelHealth(), **arguments)
+        labeler = labeler or AutomaticLabeler(sam or FakeSam(), amg)
+        return label_chunk(labeler, chunk, ImageConfig(), threads, health or ModelHealth(), **arguments)
 
     return label
 
@@ -214,7 +229,7 @@ def test_the_built_in_image_has_masks() -> None:
 def test_an_error_behind_the_model_costs_only_its_image(
     label: Label, step: str, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unspoiled = getattr(segment, step)
+    unspoiled = getattr(automatic, step)
 
     def spoiled(*arguments: Any) -> Any:
         size_hw = arguments[1] if step == "select_masks" else arguments[1][0].box.size_hw
@@ -222,7 +237,7 @@ def test_an_error_behind_the_model_costs_only_its_image(
             raise error
         return unspoiled(*arguments)
 
-    monkeypatch.setattr(segment, step, spoiled)
+    monkeypatch.setattr(automatic, step, spoiled)
     narrow = [encoded(number, photo_bytes(number, (32, 64))) for number in range(4)]
     labeled = label(chunk_of(*narrow, encoded(4), narrow[0]))
     assert outcomes(labeled) == ["model"] * 4 + ["labeled", "model"]
@@ -355,13 +370,14 @@ def test_memory_that_runs_out_halves_the_batch_for_the_rest_of_the_process(
 ) -> None:
     expected = rows(label(photos_chunk(6), amg=SMALL_BATCHES))
     health, device = ModelHealth(), SmallDevice(4, EXHAUSTED)
-    assert rows(label(photos_chunk(6), device, health, amg=SMALL_BATCHES)) == expected
+    labeler = AutomaticLabeler(device, SMALL_BATCHES)
+    assert rows(label(photos_chunk(6), health=health, labeler=labeler)) == expected
     assert caplog.text.count("points_per_batch is 4 instead of 8 from here on") == 1
     assert 1 <= health.out_of_memory < 6  # those that were in flight when the first one failed, no others
     assert device.batches.count(8) == 2 * health.out_of_memory  # two batches an image
 
     device.batches.clear()
-    assert rows(label(photos_chunk(6), device, health, amg=SMALL_BATCHES)) == expected
+    assert rows(label(photos_chunk(6), health=health, labeler=labeler)) == expected
     assert set(device.batches) == {4}
 
 
@@ -401,9 +417,102 @@ def test_image_done_is_called_with_each_image_in_order(label: Label) -> None:
     assert tuple(done) == () and label(chunk, image_done=done.append).images == tuple(done)
 
 
+# Batches of images. What a labeler is given, and what it makes of it, is all that is looked at.
+
+
+class BatchLabeler:
+    """A labeler of batches whose masks are none; it remembers its batches, an image by its brightness."""
+
+    keep_candidates = False
+
+    def __init__(self, images_per_batch: int, fails_on: frozenset[int] = frozenset()) -> None:
+        self.images_per_batch = images_per_batch
+        self.fails_on = fails_on
+        self.batches: list[list[int]] = []
+        self.prompts: dict[int, Prompts | None] = {}
+
+    def prepare(self, pixels: np.ndarray, prompts: Prompts | None) -> int:
+        number = int(pixels[0, 0, 0])
+        self.prompts[number] = prompts
+        if prompts is not None and not len(prompts):
+            raise PromptError("the boxes are for 640 x 480, the image has 64 x 48")
+        return number
+
+    def label(self, batch: Sequence[int], submit: Submit) -> list[Future[ImageMasks]]:
+        self.batches.append(list(batch))
+        if self.fails_on & set(batch):
+            raise RuntimeError(f"one of {batch} is bad")
+        return [submit(ImageMasks, (), 10 * number, Dropped(stability=10 * number), Seconds()) for number in batch]
+
+    def probe(self, pixels: np.ndarray, submit: Submit) -> Future[ImageMasks]:
+        return submit(ImageMasks, (), 0, Dropped(), Seconds())
+
+    def halve_batch(self) -> str | None:
+        return None
+
+
+@pytest.mark.parametrize("images_per_batch", [1, 2, 3, 4, 7, 20])
+@pytest.mark.parametrize("bad", [(), (0,), (6,), (2, 3), (0, 1, 2, 3, 4, 5, 6)])
+def test_batches_are_full_but_for_the_last_and_images_keep_their_order(
+    label: Label, images_per_batch: int, bad: tuple[int, ...]
+) -> None:
+    labeler = BatchLabeler(images_per_batch)
+    done: list[LabeledImage] = []
+    chunk = chunk_of(*(encoded(number, b"bad" if number in bad else None) for number in range(7)))
+    labeled = label(chunk, labeler=labeler, image_done=done.append)
+    good = [number for number in range(7) if number not in bad]
+    assert labeler.batches == [
+        good[first : first + images_per_batch] for first in range(0, len(good), images_per_batch)
+    ]
+    assert [image.source.row for image in labeled.images] == list(range(7))
+    assert labeled.images == tuple(done)
+    assert outcomes(labeled) == ["decode" if number in bad else "empty" for number in range(7)]
+    assert [image.num_candidates for image in labeled.images] == [0 if n in bad else 10 * n for n in range(7)]
+
+
+def test_a_batch_never_has_images_of_two_chunks(label: Label) -> None:
+    labeler = BatchLabeler(4)
+    for numbers in (range(3), range(3, 9)):
+        label(chunk_of(*map(encoded, numbers)), labeler=labeler)
+    assert labeler.batches == [[0, 1, 2], [3, 4, 5, 6], [7, 8]]
+
+
+def test_a_batch_that_fails_is_labeled_image_by_image(label: Label) -> None:
+    labeler = BatchLabeler(3, fails_on=frozenset([1]))
+    labeled = label(photos_chunk(6), labeler=labeler)
+    assert outcomes(labeled) == ["empty", "model", "empty", "empty", "empty", "empty"]
+    assert labeled.images[1].failure == Failure("model", "RuntimeError: one of [1] is bad")
+    assert labeler.batches[0] == [0, 1, 2]
+    assert sorted(batch for batch in labeler.batches if len(batch) == 1) == [[0], [1], [2]]
+    assert [3, 4, 5] in labeler.batches and len(labeler.batches) == 5
+
+
+def prompts_of(count: int) -> Prompts:
+    nothing = np.zeros(count, np.float32)
+    boxes = np.tile([1.0, 2.0, 3.0, 4.0], (count, 1))
+    return Prompts(
+        boxes, np.zeros((0, 2)), np.zeros(0, np.int8), np.zeros(count + 1, np.int64), (None,) * count,
+        np.ones(count, np.int32), nothing, ("",) * count,
+    )  # fmt: skip
+
+
+def test_the_labeler_gets_the_prompts_of_an_image_and_may_refuse_them(label: Label) -> None:
+    labeler, prompts = BatchLabeler(2), prompts_of(2)
+    images = [encoded(0), replace(encoded(1), prompts=prompts), replace(encoded(2), prompts=prompts_of(0))]
+    labeled = label(chunk_of(*images), labeler=labeler)
+    assert labeler.prompts[0] is None and labeler.prompts[1] is prompts
+    assert outcomes(labeled) == ["empty", "empty", "prompt"]
+    assert [image.num_prompts for image in labeled.images] == [None, 2, 0]
+    refused = labeled.images[2]
+    assert refused.failure == Failure("prompt", "the boxes are for 640 x 480, the image has 64 x 48")
+    assert (refused.size_hw, labeled.images[1].source.prompts) == ((48, 64), None)
+
+
 # The transform.
 
 LOADED: list[ModelConfig] = []
+
+STATES = [worker_progress.LOADING, worker_progress.READING, worker_progress.COMPILING, worker_progress.READY]
 
 
 def counting_load(config: ModelConfig) -> FakeSam:
@@ -413,7 +522,8 @@ def counting_load(config: ModelConfig) -> FakeSam:
 
 def generate(*chunks: Chunk, load: Callable[[ModelConfig], Any] = counting_load, **arguments: Any) -> beam.PTransform:
     arguments = {"backend": default_backend(), **arguments}
-    return beam.Create(chunks) | GenerateMasks(ModelConfig(), ImageConfig(), AMG, load=load, **arguments)
+    make_labeler = partial(AutomaticLabeler, config=AMG)
+    return beam.Create(chunks) | GenerateMasks(ModelConfig(), ImageConfig(), make_labeler, load=load, **arguments)
 
 
 def labeled_rows(chunk: LabeledChunk) -> tuple[int, list[tuple[Any, ...]]]:
@@ -455,10 +565,15 @@ def test_each_image_is_recorded_for_the_progress_bar(tmp_path: Path) -> None:
         pipeline | generate(*CHUNKS, progress_dir=str(tmp_path))
     (file,) = tmp_path.iterdir()
     sizes = sorted(len(image.data) for chunk in CHUNKS for image in chunk.images)
-    records = list(segment.PROGRESS_RECORD.iter_unpack(file.read_bytes()))
-    assert sorted(size for state, size in records if state == segment.IMAGE) == sizes
-    states = [state for state, _ in records if state != segment.IMAGE]
-    assert states == [segment.LOADING, segment.READING, segment.COMPILING, segment.READY]
+    records = list(worker_progress.PROGRESS_RECORD.iter_unpack(file.read_bytes()))
+    assert sorted(size for state, size in records if state == worker_progress.IMAGE) == sizes
+    states = [state for state, _ in records if state != worker_progress.IMAGE]
+    assert states == [
+        worker_progress.LOADING,
+        worker_progress.READING,
+        worker_progress.COMPILING,
+        worker_progress.READY,
+    ]
 
 
 def load_small_device(config: ModelConfig) -> SmallDevice:
@@ -487,9 +602,9 @@ def test_start_up_has_no_part_in_the_pace(monkeypatch: pytest.MonkeyPatch) -> No
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(segment, "time", clock)
+    monkeypatch.setattr(worker_progress, "time", clock)
     told: list[int] = []
-    start_up = segment.StartUp(told.append)
+    start_up = worker_progress.StartUp(told.append)
     clock.now = 9.0
     start_up.loaded()
     clock.now = 11.0  # reading
@@ -499,7 +614,7 @@ def test_start_up_has_no_part_in_the_pace(monkeypatch: pytest.MonkeyPatch) -> No
         start_up.embeds()
     clock.now = 24.0
     assert start_up.finish_chunk(4) == WorkerTime(load_model=9.0, compile=7.0, label=6.0, images=3, started=1)
-    assert told == [segment.LOADING, segment.READING, segment.COMPILING, segment.READY]
+    assert told == STATES
     clock.now = 30.0
     assert start_up.finish_chunk(4) == WorkerTime(label=6.0, images=4)
     clock.now = 100.0  # no work for the worker
@@ -509,7 +624,7 @@ def test_start_up_has_no_part_in_the_pace(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_single_image_says_nothing_of_the_pace() -> None:
-    start_up = segment.StartUp()
+    start_up = worker_progress.StartUp()
     start_up.loaded()
     start_up.embeds()
     assert start_up.finish_chunk(1).images_per_second is None

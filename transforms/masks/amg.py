@@ -34,8 +34,8 @@ from maskbeam.transforms.masks.select import (
     merge_crops,
     select_in_crop,
 )
-from maskbeam.transforms.records import CropBox, Dropped, Mask, Prompt, Seconds, StoredCandidate
-from maskbeam.transforms.threads import one_blas_thread
+from maskbeam.transforms.records import CropBox, Dropped, ImageMasks, Prompt, Seconds, StoredCandidate
+from maskbeam.transforms.threads import Submit, call_now, one_blas_thread
 
 MASKS_PER_POINT = 3  # SAM's multimask output: whole, part, subpart
 
@@ -288,30 +288,6 @@ class SelectedInCrop:
     dropped: Dropped
     seconds: Seconds
     candidates: tuple[StoredCandidate, ...]  # none without keep_candidates
-
-
-@dataclass(frozen=True)
-class ImageMasks:
-    """The masks of one image, in the reference's order; with keep_candidates its candidates, a tuple a crop."""
-
-    masks: tuple[Mask, ...]
-    num_candidates: int
-    dropped: Dropped
-    seconds: Seconds
-    candidates: tuple[tuple[StoredCandidate, ...], ...] = ()
-
-
-Submit = Callable[..., "Future[Any]"]
-
-
-def call_now(function: Callable[..., Any], *args: Any) -> Future[Any]:
-    """A Submit without threads: runs the call at once."""
-    future: Future[Any] = Future()
-    try:
-        future.set_result(function(*args))
-    except Exception as error:
-        future.set_exception(error)
-    return future
 
 
 def label_image(sam: Sam, pixels: np.ndarray, config: AmgConfig, submit: Submit = call_now) -> ImageMasks:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pycocotools import mask as coco_mask
 
-from maskbeam.transforms.generate_masks import ModelHealth, label_chunk
+from maskbeam.transforms.generate_masks import label_chunk
 from maskbeam.transforms.images import ImageConfig
 from maskbeam.transforms.labels.schema import (
     ANNOTATIONS,
@@ -26,6 +26,8 @@ from maskbeam.transforms.labels.schema import (
     row_to_mask,
 )
 from maskbeam.transforms.masks.amg import AmgConfig
+from maskbeam.transforms.masks.automatic import AutomaticLabeler
+from maskbeam.transforms.model_health import ModelHealth
 from maskbeam.transforms.records import (
     Chunk,
     ChunkReport,
@@ -72,7 +74,7 @@ def labeled() -> LabeledChunk:
     )
     with ThreadPoolExecutor(2) as threads:
         chunk = Chunk(SHARD, 0, images, True, "d")
-        return label_chunk(FakeSam(), chunk, ImageConfig(), config, threads, ModelHealth())
+        return label_chunk(AutomaticLabeler(FakeSam(), config), chunk, ImageConfig(), threads, ModelHealth())
 
 
 @pytest.mark.parametrize("schema", [ANNOTATIONS, IMAGES, CANDIDATES], ids=["annotations", "images", "candidates"])

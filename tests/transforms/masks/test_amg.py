@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from maskbeam.transforms.masks import amg, rle
 from maskbeam.transforms.masks.amg import (
     AmgConfig,
-    ImageMasks,
     ModelOutputError,
     call_now,
     label_image,
@@ -26,7 +25,7 @@ from maskbeam.transforms.masks.amg import (
 )
 from maskbeam.transforms.masks.crops import generate_crop_boxes
 from maskbeam.transforms.masks.prompts import build_point_grid
-from maskbeam.transforms.records import Dropped, Mask
+from maskbeam.transforms.records import Dropped, ImageMasks, Mask
 from tests.fakes import FakeSam, FakeScored
 
 RADII, WHITE_IOUS = (8, 14, 24), (1.0, 0.94, 0.88)
