@@ -12,15 +12,12 @@ import pyarrow as pa
 
 from maskbeam.transforms.formats.coco import segmentation_to_counts
 from maskbeam.transforms.images import ImageConfig
+from maskbeam.transforms.labeler import PromptError
 from maskbeam.transforms.prompt_files.config import PromptConfig
 from maskbeam.transforms.records import CATEGORY_OBJECT, Prompts
 
 # EXIF orientations that swap width and height.
 _TURNED = range(5, 9)
-
-
-class PromptError(ValueError):
-    """The prompts of an image are not for this image. The message says why and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
