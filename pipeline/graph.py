@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -51,7 +51,7 @@ class Job:
     images: ImageConfig
     dataflow: DataflowConfig
     read: ReadConfig
-    prompts: PromptConfig = PromptConfig()
+    prompts: PromptConfig = field(default_factory=PromptConfig)
 
 
 def build(
@@ -105,7 +105,7 @@ def run_prompts(job: Job, run: dict[str, Any]) -> RunPrompts | None:
         return None
     digest = run["prompts"]["prompts_digest"]
     store = None if digest is None else store_path(job.output.output, digest)
-    return RunPrompts(job.prompts, job.images, store, from_records(run["categories"]))
+    return RunPrompts(job.prompts, job.images, store, from_records(run["categories"] or []))
 
 
 def make_labeler(job: Job) -> MakeLabeler:

@@ -292,8 +292,8 @@ def _check_no_grid(given: dict[str, Any], values: dict[str, Any]) -> None:
         names.append("profile")
     if names:
         raise UsageError(
-            f"--{names[0]} is for a grid of points, and --prompts is in its place: each prompt gets its mask. Leave one "
-            "of the two out."
+            f"--{names[0]} is for a grid of points, and --prompts is in its place: each prompt gets its mask. Leave "
+            "one of the two out."
         )
 
 

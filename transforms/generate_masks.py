@@ -28,7 +28,16 @@ from maskbeam.transforms.labeler import Labeler, MakeLabeler, PromptError
 from maskbeam.transforms.load_model import LoadSam, ModelConfig, load_model, use_backend
 from maskbeam.transforms.model_health import ModelBroken, ModelHealth, is_out_of_memory, probe_pixels
 from maskbeam.transforms.prompt_files.finder import PromptFinder, RunPrompts
-from maskbeam.transforms.records import Chunk, DroppedPrompt, EncodedImage, Failure, ImageMasks, LabeledChunk, LabeledImage, Seconds
+from maskbeam.transforms.records import (
+    Chunk,
+    DroppedPrompt,
+    EncodedImage,
+    Failure,
+    ImageMasks,
+    LabeledChunk,
+    LabeledImage,
+    Seconds,
+)
 from maskbeam.transforms.threads import host_threads
 from maskbeam.transforms.worker_progress import IMAGE, PROGRESS_RECORD, StartUp, WatchedSam, open_progress
 

@@ -18,6 +18,7 @@ from maskbeam.pipeline.graph import Job
 from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.files.paths import absolute
 from maskbeam.transforms.files.storage import delete_file, delete_files, escape_glob, list_tree, read_json, write_json
+from maskbeam.transforms.formats.coco import OBJECT_CATEGORY
 from maskbeam.transforms.labels.clear import delete_chunks, delete_temporary
 from maskbeam.transforms.labels.layout import (
     ANNOTATIONS_DIR,
@@ -91,11 +92,11 @@ def _describe_prompts(job: Job, found: FoundPrompts | None, meta: StoreMeta | No
         return {}
     settings = asdict(config)
     del settings["prompts"], settings["categories"]  # the digest has what is in them
+    categories: list[dict[str, Any]] | None = None  # of records only the ids are known
     if meta is not None:
-        categories = to_records(meta.categories)
-    else:
-        names = [] if config.categories is None else read_names(config.categories)
-        categories = to_records(dict(enumerate(names)))
+        categories = to_records(meta.categories) or [OBJECT_CATEGORY]
+    elif config.categories is not None:
+        categories = to_records(dict(enumerate(read_names(config.categories))))
     return {
         "prompts": {
             **settings,

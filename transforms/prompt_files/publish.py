@@ -34,7 +34,6 @@ class FoundPrompts:
     digest: str
 
 
-
 def identify_prompts(config: PromptConfig) -> FoundPrompts:
     """Finds the files and reads them once, for their digest.
 

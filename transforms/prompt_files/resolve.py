@@ -107,6 +107,8 @@ def _scale(
 def _category_id(row: Mapping[str, Any], categories: Mapping[int, str], named: Mapping[str, int]) -> int:
     category_id, name = row.get("category_id"), row.get("category")
     if category_id is not None:
+        if categories and category_id not in categories:
+            raise ValueError(f"the class {category_id} is not among the {len(categories)} of --categories")
         return category_id
     if name is not None:  # of prompts in the record
         if name not in named:
