@@ -47,11 +47,11 @@ class Job:
     input: InputConfig
     output: OutputConfig
     progress: ProgressConfig
+    prompts: PromptConfig = field(default_factory=PromptConfig, kw_only=True)
     amg: AmgConfig
     images: ImageConfig
     dataflow: DataflowConfig
     read: ReadConfig
-    prompts: PromptConfig = field(default_factory=PromptConfig)
 
 
 def build(
