@@ -15,6 +15,7 @@ from maskbeam.transforms.labels.layout import (
     list_tables,
 )
 from maskbeam.transforms.labels.resume import finished_reports, is_finished
+from maskbeam.transforms.prompt_files.in_record import RecordPrompts
 from maskbeam.transforms.readers.samples import ReadConfig
 from maskbeam.transforms.readers.shard import read_images
 from maskbeam.transforms.records import (
@@ -25,7 +26,12 @@ from maskbeam.transforms.records import (
 
 
 def read_chunks(
-    shard: Shard, config: ReadConfig, root: str, chunk_size: int, finished: Container[int]
+    shard: Shard,
+    config: ReadConfig,
+    root: str,
+    chunk_size: int,
+    finished: Container[int],
+    prompts: RecordPrompts | None = None,
 ) -> Iterator[Chunk]:
     """The chunks of a shard that are not finished. At most one of them and one image more are in memory.
 
@@ -33,6 +39,7 @@ def read_chunks(
       chunk_size: images in a chunk; it also closes at CHUNK_BYTES.
       finished: indices of the chunks to leave out. They are cut again all the same, so the others stay what they
         were; finished loose files are not even opened.
+      prompts: how the prompts in the records are read; None = they are not.
     """
     if shard.format == "image":
         if shard.first_chunk not in finished:
@@ -40,7 +47,8 @@ def read_chunks(
             yield Chunk(shard, shard.first_chunk, images, final=True, digest=shard.digest)
         return
     index = shard.first_chunk
-    for images, final in cut_chunks(read_images(shard, config, root), lambda image: len(image.data), chunk_size):
+    images_of_shard = read_images(shard, config, root, prompts)
+    for images, final in cut_chunks(images_of_shard, lambda image: len(image.data), chunk_size):
         if index not in finished:
             yield Chunk(shard, index, images, final, shard.digest)
         del images  # or it would stay in memory beside the next one
@@ -51,12 +59,17 @@ FINISHED = "finished"
 
 
 def read_unfinished(
-    shard: Shard, config: ReadConfig, chunk_size: int, root: str, reports: list[ChunkReport]
+    shard: Shard,
+    config: ReadConfig,
+    chunk_size: int,
+    root: str,
+    reports: list[ChunkReport],
+    prompts: RecordPrompts | None = None,
 ) -> Iterator[Chunk]:
     """The chunks of a shard that are not among the finished ones; a finished shard is not opened at all."""
     finished = {report.index for report in reports}
     if not is_finished(reports, shard.first_chunk):
-        yield from read_chunks(shard, config, root, chunk_size, finished)
+        yield from read_chunks(shard, config, root, chunk_size, finished, prompts)
 
 
 class ReadChunks(beam.PTransform):
@@ -70,9 +83,10 @@ class ReadChunks(beam.PTransform):
         output: str,
         run_id: str | None = None,
         keep_candidates: bool = False,
+        prompts: RecordPrompts | None = None,
     ) -> None:
         super().__init__()
-        self._arguments = (config, chunk_size, root, output, run_id, keep_candidates)
+        self._arguments = (config, chunk_size, root, output, run_id, keep_candidates, prompts)
 
     def expand(self, shards: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection]:
         outputs = shards | beam.ParDo(_ReadChunksFn(*self._arguments)).with_outputs(FINISHED, main="chunks")
@@ -83,8 +97,16 @@ class _ReadChunksFn(beam.DoFn):
     """Lists the committed chunks once a worker, instead of once a shard."""
 
     def __init__(
-        self, config: ReadConfig, chunk_size: int, root: str, output: str, run_id: str | None, keep_candidates: bool
+        self,
+        config: ReadConfig,
+        chunk_size: int,
+        root: str,
+        output: str,
+        run_id: str | None,
+        keep_candidates: bool,
+        prompts: RecordPrompts | None,
     ) -> None:
+        self._prompts = prompts
         self._config = config
         self._chunk_size = chunk_size
         self._root = root
@@ -105,4 +127,4 @@ class _ReadChunksFn(beam.DoFn):
         reports = finished_reports(shard, self._committed.get(place, []), self._output, self._run_id)
         for report in reports:
             yield beam.pvalue.TaggedOutput(FINISHED, report)
-        yield from read_unfinished(shard, self._config, self._chunk_size, self._root, reports)
+        yield from read_unfinished(shard, self._config, self._chunk_size, self._root, reports, self._prompts)

@@ -23,9 +23,9 @@ from maskbeam.pipeline.progress import progress_bar
 from maskbeam.pipeline.results import escape_controls
 from maskbeam.transforms.files.storage import read_json, replace_file, write_json
 from maskbeam.transforms.formats.coco import (
-    OBJECT_CATEGORY,
     annotation_to_coco,
     image_to_coco,
+    run_categories,
     segmentation_to_polygons,
 )
 from maskbeam.transforms.formats.file_names import file_names, stem
@@ -34,7 +34,7 @@ from maskbeam.transforms.formats.polygons import PolygonLoss
 from maskbeam.transforms.formats.sa1b import sa1b_record
 from maskbeam.transforms.formats.yolo import YoloLoss, yolo_text
 from maskbeam.transforms.labels.layout import ChunkKey
-from maskbeam.transforms.labels.tables import list_chunks, read_chunk, read_run
+from maskbeam.transforms.labels.tables import list_chunks, read_chunk, read_chunks, read_run
 
 # What an export leaves in its directory: a list of its files, and what lies beside it.
 EXPORT_FILE = "export.json"
@@ -122,7 +122,11 @@ class Labels:
     @property
     def categories(self) -> list[dict[str, Any]]:
         """COCO records of the categories; imported labels have their own."""
-        categories: list[dict[str, Any]] = self.run.get("coco", {}).get("categories", [OBJECT_CATEGORY])
+        categories: list[dict[str, Any]] | None = run_categories(self.run)
+        if categories is None:  # of prompts in records
+            chunks = (chunk.annotations["category_id"] for chunk in read_chunks(self.directory))
+            ids = {category_id for column in chunks for category_id in column.unique().to_pylist()}
+            categories = [{"id": category_id, "name": str(category_id)} for category_id in sorted(ids)]
         return categories
 
 

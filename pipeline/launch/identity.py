@@ -18,6 +18,7 @@ from maskbeam.pipeline.graph import Job
 from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.files.paths import absolute
 from maskbeam.transforms.files.storage import delete_file, delete_files, escape_glob, list_tree, read_json, write_json
+from maskbeam.transforms.formats.coco import OBJECT_CATEGORY
 from maskbeam.transforms.labels.clear import delete_chunks, delete_temporary
 from maskbeam.transforms.labels.layout import (
     ANNOTATIONS_DIR,
@@ -33,17 +34,21 @@ from maskbeam.transforms.labels.manifest import FORMAT
 from maskbeam.transforms.models.check_preset import check_preset
 from maskbeam.transforms.presets.embedded import PresetError
 from maskbeam.transforms.presets.remote import local_preset
+from maskbeam.transforms.prompt_files.categories import to_records
+from maskbeam.transforms.prompt_files.publish import PROMPTS_DIR, FoundPrompts, delete_stores
+from maskbeam.transforms.prompt_files.source import read_names
+from maskbeam.transforms.prompt_files.store import StoreMeta
 from maskbeam.transforms.records import Shard
 
 _TABLE_DIRS = (ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR)
-_OUR_DIRS = (*_TABLE_DIRS, TEMPORARY_DIR)
+_OUR_DIRS = (*_TABLE_DIRS, TEMPORARY_DIR, PROMPTS_DIR)
 
 # In run.json while the labels of an earlier run are being deleted, so that a start after a kill goes on with that.
 _CLEARING = "clearing"
 
 # What may differ between starts of one run: names for people, not what makes the rows, and where the input lies, since
 # a copy of it has the same rows (transforms/labels/reconcile.py looks).
-_NOT_IDENTITY = ("model", "versions", "coco", "id", "root", "manifest", "format", _CLEARING)
+_NOT_IDENTITY = ("prompt_files", "model", "versions", "coco", "id", "root", "manifest", "format", _CLEARING)
 
 _VERSIONED = ("maskbeam", "apache-beam", "keras", "keras-hub", "tensorflow", "jax", "numpy", "pycocotools", "pyarrow")
 
@@ -53,9 +58,16 @@ def default_backend() -> str:
     return os.environ.get("KERAS_BACKEND", "tensorflow")
 
 
-def describe_run(job: Job, root: str) -> dict[str, Any]:
-    """The content of run.json: settings that affect rows, the model's fingerprint, backend, dtype, root; versions."""
+def describe_run(
+    job: Job, root: str, found: FoundPrompts | None = None, meta: StoreMeta | None = None
+) -> dict[str, Any]:
+    """The content of run.json: settings that affect rows, the model's fingerprint, backend, dtype, root; versions.
+
+    Args:
+      found, meta: the files of --prompts and their store; None = there are none.
+    """
     return {
+        **_describe_prompts(job, found, meta),
         "format": FORMAT,
         "root": root,
         "input_format": job.input.input_format,
@@ -70,6 +82,29 @@ def describe_run(job: Job, root: str) -> dict[str, Any]:
         "backend": default_backend(),
         "amg": asdict(job.amg),
         "versions": versions(),
+    }
+
+
+def _describe_prompts(job: Job, found: FoundPrompts | None, meta: StoreMeta | None) -> dict[str, Any]:
+    """What a run with prompts has beside the others."""
+    config = job.prompts
+    if config.prompts is None:
+        return {}
+    settings = asdict(config)
+    del settings["prompts"], settings["categories"]  # the digest has what is in them
+    categories: list[dict[str, Any]] | None = None  # of records only the ids are known
+    if meta is not None:
+        categories = to_records(meta.categories) or [OBJECT_CATEGORY]
+    elif config.categories is not None:
+        categories = to_records(dict(enumerate(read_names(config.categories))))
+    return {
+        "prompts": {
+            **settings,
+            "prompts_format": "record" if found is None else found.source.format,
+            "prompts_digest": None if found is None else found.digest,
+        },
+        "prompt_files": list(config.prompts),
+        "categories": categories,
     }
 
 
@@ -162,6 +197,7 @@ def _delete_labels(output: str) -> None:
     """Deletes what a run of ours leaves in its output, and nothing else."""
     delete_chunks(output)
     delete_temporary(output)
+    delete_stores(output)
     delete_file(FileSystems.join(output, SUMMARY_FILE))
     (manifests,) = FileSystems.match([manifest_path(escape_glob(output), "*")])
     delete_files([file.path for file in manifests.metadata_list])

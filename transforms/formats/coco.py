@@ -48,6 +48,16 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _UNKNOWN_POINT = [math.nan, math.nan]
 
 
+def run_categories(run: dict[str, Any]) -> Any:
+    """The records of the classes of labels, as their run.json has them; None = of each class only the id is known.
+
+    Without prompts, and where nothing was imported, every mask is an object.
+    """
+    if "coco" in run:
+        return run["coco"].get("categories")
+    return run.get("categories", [OBJECT_CATEGORY])
+
+
 def file_name(image: dict[str, Any]) -> str:
     """COCO's file_name of a row of the images table: where the image lies below the directory of the images.
 

@@ -21,7 +21,7 @@ from apache_beam.io.filesystems import FileSystems
 from maskbeam.transforms.files.parquet_file import open_parquet, read_table
 from maskbeam.transforms.files.storage import MAX_JSON_BYTES, read_json, read_json_bytes
 from maskbeam.transforms.files.strict_json import parse_json
-from maskbeam.transforms.formats.coco import COCO_FIELD, category_ids
+from maskbeam.transforms.formats.coco import COCO_FIELD, category_ids, run_categories
 from maskbeam.transforms.images import ImageConfig
 from maskbeam.transforms.labels.check_tables import check_annotations, check_candidates, check_images
 from maskbeam.transforms.labels.layout import (
@@ -38,7 +38,7 @@ from maskbeam.transforms.labels.schema import ANNOTATIONS, CANDIDATES, IMAGES, O
 from maskbeam.transforms.masks.amg import AmgConfig
 from maskbeam.transforms.masks.rle import MAX_PIXELS
 from maskbeam.transforms.readers.samples import ReadConfig
-from maskbeam.transforms.records import CATEGORY_OBJECT, DamagedFile
+from maskbeam.transforms.records import DamagedFile
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "versions": (dict,),
     "refined_from": (dict,),
     "coco": (dict,),
+    "prompts": (dict,),
+    "categories": (list, type(None)),
 }
 
 
@@ -136,15 +138,14 @@ def _damaged_run(path: str, error: Exception) -> DamagedFile:
     return DamagedFile(f"{path} is damaged: {error}. Label again, into another --output.")
 
 
-def _category_ids(run: dict[str, Any]) -> frozenset[int]:
-    """The classes that masks may have."""
-    if "coco" not in run:
-        return frozenset([CATEGORY_OBJECT])
-    return category_ids(run["coco"].get("categories"))
+def _category_ids(run: dict[str, Any]) -> frozenset[int] | None:
+    """The classes that masks may have; None = any."""
+    categories = run_categories(run)
+    return None if categories is None else category_ids(categories)
 
 
 @lru_cache(maxsize=4)
-def _limits(labels: str, data: bytes) -> tuple[int, frozenset[int]]:
+def _limits(labels: str, data: bytes) -> tuple[int, frozenset[int] | None]:
     """What run.json says of the rows: pixels that an image may have, and _category_ids. By its content, since a
     directory may be labeled again."""
     run = _parse_run(labels, data)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from maskbeam.transforms.formats.coco import OBJECT_CATEGORY
+from maskbeam.transforms.formats.coco import run_categories
 from maskbeam.transforms.labels.tables import read_chunks, read_run
 from maskbeam.transforms.prompt_files.rows import make_batch
 
@@ -22,8 +22,7 @@ def label_categories(labels: str) -> dict[int, str]:
       DamagedFile: its run.json is not what it should be.
     """
     run = read_run(labels)
-    records = run.get("categories") or run.get("coco", {}).get("categories", [OBJECT_CATEGORY])
-    return {record["id"]: record.get("name", str(record["id"])) for record in records}
+    return {record["id"]: record.get("name", str(record["id"])) for record in run_categories(run) or []}
 
 
 def read_label_prompts(labels: str) -> Iterator[pa.RecordBatch]:
