@@ -1,8 +1,8 @@
 """What README.md and docs/ say is so: snippets run, commands are understood, every field, flag, link and target exists.
 
 A fence's info string says how its block is checked. `bash`, `python` and `sql` are executed, in order, in a directory
-that has what the pages speak of; of pages that are not in EXECUTED, maskbeam's commands are only parsed. `other: REASON` after the language means that it cannot be: then its maskbeam commands
-must be understood by the program's own parser, and its Python must compile.
+that has what the pages speak of; of pages that are not in EXECUTED, maskbeam's commands are only parsed.
+`other: REASON` after the language means that a block cannot be executed at all; its Python must compile.
 """
 
 from __future__ import annotations
