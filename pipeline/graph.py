@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import apache_beam as beam
 
@@ -13,6 +12,7 @@ from maskbeam.pipeline.progress import ProgressConfig
 from maskbeam.transforms.generate_masks import GenerateMasks
 from maskbeam.transforms.images import ImageConfig
 from maskbeam.transforms.labels.layout import OutputConfig
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.load_model import LoadSam, ModelConfig, load_model
 from maskbeam.transforms.masks.amg import AmgConfig
 from maskbeam.transforms.masks.automatic import AutomaticLabeler
@@ -41,7 +41,7 @@ class Job:
 def build(
     root: beam.Pipeline,
     job: Job,
-    run: dict[str, Any],
+    run: Run,
     load: LoadSam = load_model,
     progress_dir: str | None = None,
 ) -> beam.PCollection:
@@ -51,7 +51,7 @@ def build(
     why the accelerator is given to the whole pool of workers and never to one step as a resource hint.
 
     Args:
-      run: content of run.json, from maskbeam.pipeline.launch.settle.
+      run: from maskbeam.pipeline.launch.settle.
       load, progress_dir: see GenerateMasks.
     """
     output = job.output.output
@@ -59,13 +59,13 @@ def build(
         root
         | "ReadManifest" >> ReadManifest(output, run)  # Shard; only paths are ever shuffled
         | "ReadChunks"  # Chunk
-        >> ReadChunks(job.read, job.input.chunk_size, run["root"], output, run.get("id"), job.amg.keep_candidates)
+        >> ReadChunks(job.read, job.input.chunk_size, run.root, output, run.id, job.amg.keep_candidates)
     )
     reports = (
         chunks
         | "GenerateMasks"
         >> GenerateMasks(
-            job.model, job.images, partial(AutomaticLabeler, config=job.amg), run["backend"], load, progress_dir
+            job.model, job.images, partial(AutomaticLabeler, config=job.amg), run.backend, load, progress_dir
         )
         | "WriteParquet" >> WriteParquet(job.output, run)  # ChunkReport, after the chunk's files are committed
     )

@@ -23,7 +23,6 @@ from maskbeam.pipeline.progress import progress_bar
 from maskbeam.pipeline.results import escape_controls
 from maskbeam.transforms.files.storage import read_json, replace_file, write_json
 from maskbeam.transforms.formats.coco import (
-    OBJECT_CATEGORY,
     annotation_to_coco,
     image_to_coco,
     segmentation_to_polygons,
@@ -34,7 +33,8 @@ from maskbeam.transforms.formats.polygons import PolygonLoss
 from maskbeam.transforms.formats.sa1b import sa1b_record
 from maskbeam.transforms.formats.yolo import YoloLoss, yolo_text
 from maskbeam.transforms.labels.layout import ChunkKey
-from maskbeam.transforms.labels.tables import list_chunks, read_chunk, read_run
+from maskbeam.transforms.labels.run_file import Run, read_run
+from maskbeam.transforms.labels.tables import list_chunks, read_chunk
 
 # What an export leaves in its directory: a list of its files, and what lies beside it.
 EXPORT_FILE = "export.json"
@@ -89,14 +89,14 @@ class Labels:
     """The images of the labels as a stream, and what has come of it so far.
 
     Attributes:
-      run: content of run.json.
+      run: that made them.
       chunks: all of them.
       images, masks: given so far.
       failures: of the first failed images, which are not given, having no masks and often no size.
     """
 
     directory: str
-    run: dict[str, Any]
+    run: Run
     chunks: list[ChunkKey]
     images: int = 0
     masks: int = 0
@@ -118,12 +118,6 @@ class Labels:
                 self.images += 1
                 yield image_to_coco(image, self.images + self.failed), masks
                 self.masks += len(masks)
-
-    @property
-    def categories(self) -> list[dict[str, Any]]:
-        """COCO records of the categories; imported labels have their own."""
-        categories: list[dict[str, Any]] = self.run.get("coco", {}).get("categories", [OBJECT_CATEGORY])
-        return categories
 
 
 def main(argv: list[str]) -> int:
@@ -231,7 +225,7 @@ def _export_coco(labels: Labels, config: ExportConfig) -> str:
         images.seek(0)
         shutil.copyfileobj(images, file)
         file.write(b"\n]")
-        about = {"info": _about(labels.run), **labels.run.get("coco", {}), "categories": labels.categories}
+        about = {"info": _about(labels.run), **(labels.run.coco or {}), "categories": labels.run.categories}
         about.pop("exported_by", None)  # of labels that were exported and imported again
         for key, value in about.items():
             file.write(b",\n" + _json_line(key) + b": " + _json_line(value))
@@ -243,13 +237,13 @@ def _json_line(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _about(run: dict[str, Any]) -> dict[str, Any]:
+def _about(run: Run) -> dict[str, Any]:
     """COCO's info: where the masks are from."""
     return {
         "description": "masks of SAM, labeled by maskbeam",
-        "version": run.get("versions", {}).get("maskbeam"),
-        "model": run.get("model"),
-        "model_fingerprint": run["model_fingerprint"],
+        "version": run.versions.get("maskbeam"),
+        "model": run.model,
+        "model_fingerprint": run.model_fingerprint,
     }
 
 
@@ -411,7 +405,7 @@ def _export_sa1b(labels: Labels, config: ExportConfig) -> str:
 
 
 def _export_yolo(labels: Labels, config: ExportConfig) -> str:
-    categories = sorted(labels.categories, key=lambda category: category["id"])
+    categories = sorted(labels.run.categories, key=lambda category: category["id"])
     classes = {category["id"]: index for index, category in enumerate(categories)}
     loss = YoloLoss(PolygonLoss())
     with _new_files(labels, config) as files:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from maskbeam.transforms.formats.coco import OBJECT_CATEGORY
-from maskbeam.transforms.labels.tables import read_chunks, read_run
+from maskbeam.transforms.labels.run_file import read_run
+from maskbeam.transforms.labels.tables import read_chunks
 from maskbeam.transforms.prompt_files.rows import make_batch
 
 
@@ -21,9 +21,7 @@ def label_categories(labels: str) -> dict[int, str]:
       ValueError: it holds none.
       DamagedFile: its run.json is not what it should be.
     """
-    run = read_run(labels)
-    records = run.get("categories") or run.get("coco", {}).get("categories", [OBJECT_CATEGORY])
-    return {record["id"]: record.get("name", str(record["id"])) for record in records}
+    return {record["id"]: record.get("name", str(record["id"])) for record in read_run(labels).categories}
 
 
 def read_label_prompts(labels: str) -> Iterator[pa.RecordBatch]:
