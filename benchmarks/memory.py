@@ -135,7 +135,7 @@ def measure_apart(photo: Path, points_per_side: int) -> dict[str, Any]:
 
 def measure(data: bytes, points_per_side: int) -> dict[str, Any]:
     """Labels one JPEG and returns bytes, as the module's docstring says."""
-    sam = FullFrameSam(load_model(ModelConfig()))
+    sam: Any = FullFrameSam(load_model(ModelConfig()))
     config = AmgConfig(points_per_side=points_per_side, box_nms_thresh=1.0)
     with host_threads() as threads:
 

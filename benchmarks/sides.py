@@ -123,8 +123,8 @@ class Ours:
 
     def run(self, pixels: np.ndarray, answers: Answers | None, config: AmgConfig | None = None) -> Run:
         """Labels one image."""
-        waiting = _Waiting(self.sam)
-        sam: Sam = waiting if answers is None else AnsweringSam(waiting, answers)
+        waiting: Any = _Waiting(self.sam)  # a Sam for grids only, as AnsweringSam is
+        sam: Any = waiting if answers is None else AnsweringSam(waiting, answers)
         gc.collect()
         start = time.perf_counter()
         result = label_image(sam, pixels, config or self.config, self._threads.submit)
@@ -144,7 +144,7 @@ class Ours:
         from maskbeam.transforms.masks.automatic import AutomaticLabeler
         from maskbeam.transforms.model_health import ModelHealth
 
-        sam = self.sam if answers is None else AnsweringSam(self.sam, answers)
+        sam: Any = self.sam if answers is None else AnsweringSam(self.sam, answers)
         start = time.perf_counter()
         labeled = label_chunk(
             AutomaticLabeler(sam, self.config), chunk_of([data] * copies), ImageConfig(), self._threads, ModelHealth()

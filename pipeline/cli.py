@@ -103,7 +103,7 @@ def _quiet_libraries() -> None:
     warnings.simplefilter("ignore")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
-    handler.addFilter(lambda record: record.name.startswith(("pipeline.", "transforms.")))
+    handler.addFilter(lambda record: record.name.startswith("maskbeam."))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 

@@ -31,7 +31,7 @@ class FakeSam:
 
     frame_size = 64
     low_size = 16
-    prompt_batches = (2, 8)
+    prompt_batches: tuple[int, ...] = (2, 8)
 
     def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> np.ndarray:
         return frame.mean(axis=2)
@@ -135,6 +135,30 @@ class StoredScored:
 
     def predicted_iou(self) -> np.ndarray:
         return self.iou
+
+
+class StoredPrompts:
+    """Answers one prompt with stored logits, whatever is asked."""
+
+    prompt_batches = (1,)
+
+    def __init__(self, logits: np.ndarray, frame_size: int) -> None:
+        """
+        Args:
+          logits: (low, low) float32.
+        """
+        self._logits = logits
+        self.frame_size = frame_size
+        self.low_size = len(logits)
+
+    def embed(self, frame: np.ndarray, resized_hw: tuple[int, int]) -> None:
+        pass
+
+    def score_prompts(self, *args: Any) -> StoredScored:
+        return StoredScored(self._logits[None], np.zeros((1, 4), np.float32))
+
+    def mask_logits(self, scored: StoredScored, prompts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        return scored.logits
 
 
 class Clock:

@@ -166,6 +166,7 @@ class _Feeder:
                 dropped=result.dropped,
                 seconds=decoded.labeled.seconds + result.seconds,
                 candidates=result.candidates,
+                num_prompts=result.num_prompts,
             )
         )
 

@@ -162,6 +162,40 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @classmethod
+    def of_boxes(cls, boxes_xyxy: np.ndarray) -> Prompts:
+        """One prompt for each box and nothing else: no class, no score, numbers as ids.
+
+        Args:
+          boxes_xyxy: (P, 4) pixels.
+        """
+        count = len(boxes_xyxy)
+        return cls(
+            boxes_xyxy=np.asarray(boxes_xyxy, np.float64),
+            points_xy=np.empty((0, 2)),
+            point_labels=np.empty(0, np.int8),
+            first_point=np.zeros(count + 1, np.int64),
+            masks=(None,) * count,
+            category_ids=np.full(count, CATEGORY_OBJECT, np.int32),
+            scores=np.full(count, np.nan, np.float32),
+            ids=tuple(str(index) for index in range(count)),
+        )
+
+
+@dataclass(frozen=True)
+class DroppedPrompt:
+    """A prompt that gets no mask, since no model could make sense of it; the image's others do.
+
+    Attributes:
+      index: which of the image's prompts.
+      id: as in Prompts.
+      reason: a clause for people: "its box lies outside ...".
+    """
+
+    index: int
+    id: str
+    reason: str
+
 
 @dataclass(frozen=True)
 class EncodedImage:
@@ -336,13 +370,21 @@ class Seconds(Sums):
 
 @dataclass(frozen=True)
 class ImageMasks:
-    """What a labeler makes of one image. The fields are those of LabeledImage; seconds are those it took here."""
+    """What a labeler makes of one image. The fields are those of LabeledImage; seconds are those it took here.
+
+    Attributes:
+      dropped_prompts: what could not be used of the image's prompts, and why; as many as dropped.prompt.
+      clipped_prompts: prompts whose box reached beyond the image and was clipped to it.
+    """
 
     masks: tuple[Mask, ...]
     num_candidates: int
     dropped: Dropped
     seconds: Seconds
     candidates: tuple[tuple[StoredCandidate, ...], ...] = ()
+    num_prompts: int | None = None
+    dropped_prompts: tuple[DroppedPrompt, ...] = ()
+    clipped_prompts: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 import re
 from typing import NoReturn
 
@@ -102,3 +103,13 @@ def test_the_program_lists_its_commands(argv: list[str], code: int, capsys: pyte
     assert cli.main(argv) == code
     printed = "".join(capsys.readouterr())
     assert all(re.search(rf"\b{command}\b", printed) for command in COMMANDS)
+
+
+@pytest.mark.parametrize(("logger", "shown"), [("maskbeam.transforms.masks.amg", True), ("apache_beam.io", False)])
+def test_our_own_warnings_are_shown_and_no_librarys(
+    logger: str, shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    cli._quiet_libraries()
+    logging.getLogger(logger).warning("look here")
+    assert capsys.readouterr().err == ("warning: look here\n" if shown else "")

@@ -133,7 +133,7 @@ class Statistics:
         self.statuses[image["status"]] += 1
         self.candidates += image["num_candidates"]
         for name in (f.name for f in fields(Dropped)):
-            self.dropped[name] += image.get(f"dropped_{name}", 0)  # labels of earlier versions lack later filters
+            self.dropped[name] += image.get(f"dropped_{name}") or 0  # labels of earlier versions lack later filters
         if image["status"] == "failed":
             return
         self.masks += len(masks)

@@ -38,16 +38,16 @@ def resized_hw(size_hw: tuple[int, int], frame_size: int) -> tuple[int, int]:
 
 
 def to_frame(pixels: np.ndarray, frame_size: int) -> np.ndarray:
-    """Resizes (H, W, 3) uint8 by Pillow's bilinear filter (which antialiases) and zero-pads right and bottom.
+    """Resizes (H, W, 3) or (H, W) uint8 by Pillow's bilinear filter (which antialiases); zero-pads right and bottom.
 
     Zeros only hold the place: the model stage knows resized_hw and gives padding the value 0 after normalisation,
     as the reference does.
 
     Returns:
-      (frame_size, frame_size, 3) uint8.
+      (frame_size, frame_size, 3) or (frame_size, frame_size) uint8.
     """
     height, width = resized_hw(pixels.shape[:2], frame_size)
-    frame = np.zeros((frame_size, frame_size, 3), np.uint8)
+    frame = np.zeros((frame_size, frame_size, *pixels.shape[2:]), np.uint8)
     image = Image.fromarray(pixels)
     parts = -(-max(image.size) // _RESIZED_AT_ONCE)
     for (left, right), (top, bottom) in product(_part_ends(width, parts), _part_ends(height, parts)):

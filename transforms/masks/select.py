@@ -251,7 +251,7 @@ def _clean(encoded: Encoded, min_area: int) -> tuple[Encoded, bool]:
     counts = rle.runs_to_counts(runs)
     area, bbox_xywh = rle.area_and_bbox_xywh(counts, runs.size_hw)
     x, y, w, h = bbox_xywh
-    box_xyxy = np.array([x, y, x + w - 1, y + h - 1]) if area else np.zeros(4)
+    box_xyxy = np.array([x, y, x + w - 1, y + h - 1])  # something stays: the largest island at least
     return Encoded(replace(mask, counts=counts, area=area, bbox_xywh=bbox_xywh), box_xyxy, encoded.crop), True
 
 

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
 
-from maskbeam.transforms.evaluation.statistics import MAX_BINS, Histogram
+from maskbeam.transforms.evaluation.statistics import MAX_BINS, Histogram, Statistics
 
 
 def to_dict(histogram: Histogram) -> dict[str, float | list[int]]:
@@ -81,3 +83,17 @@ def test_histograms_of_whole_numbers_are_exact_and_short(values: list[int]) -> N
     assert isinstance(counts, list) and sum(counts) == len(values) and len(counts) <= MAX_BINS + 1
     assert (content["low"], content["high"]) == (min(values), max(values))
     assert content["mean"] == pytest.approx(np.mean(values)) and content["median"] == np.median(values)
+
+
+def test_a_mask_of_one_pixel_has_an_area_and_an_empty_one_has_none() -> None:
+    def mask(pixels: np.ndarray) -> dict[str, Any]:
+        rle = coco_mask.encode(np.asfortranarray(pixels, np.uint8))
+        segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
+        return {"area": int(pixels.sum()), "predicted_iou": 0.9, "stability_score": 0.9, "segmentation": segmentation}
+
+    one_pixel = np.zeros((10, 10), bool)
+    one_pixel[3, 4] = True
+    statistics = Statistics()
+    image = {"status": "labeled", "num_candidates": 2, "height": 10, "width": 10}
+    statistics.add_image(image, [mask(one_pixel), mask(np.zeros((10, 10), bool))])
+    assert (statistics.area_share.count, to_dict(statistics.area_share)["mean"]) == (1, -2)  # a hundredth

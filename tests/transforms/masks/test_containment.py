@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -130,3 +131,16 @@ def test_containment_is_that_of_the_pixels(pixels: list[np.ndarray], threshold: 
 def test_bad_values_are_named(values: tuple[Any, float], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         ContainmentConfig(*values)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations([A, B, C])))
+def test_a_parent_is_the_smallest_wherever_it_stands(order: tuple[Box, ...]) -> None:
+    parents = [mask.parent_id for mask in with_parents([square(box) for box in order], 0.9)]
+    wanted = {A: None, B: order.index(A), C: order.index(B)}
+    assert parents == [wanted[box] for box in order]
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_empty_mask_lies_nowhere() -> None:
+    masks = [square(A), mask_of(np.zeros((20, 20), bool))]
+    assert not find_contained(masks, 0.9).any()

@@ -17,7 +17,7 @@ from maskbeam.transforms.masks.select import (
     select_in_crop,
 )
 from maskbeam.transforms.records import CropBox, Dropped
-from tests.transforms.masks.test_containment import square
+from tests.transforms.masks.test_containment import mask_of, square
 
 SIZE_HW = (100, 100)
 WHOLE = CropBox((0, 0, 100, 100), 0)
@@ -84,3 +84,29 @@ def test_an_image_without_masks() -> None:
 def test_the_best_masks_stay_in_their_order(max_masks: int | None, kept: list[int]) -> None:
     masks = [replace(square((0, 0, 5, 5)), predicted_iou=iou) for iou in (0.8, 0.7, 0.9)]
     assert keep_best(masks, max_masks) == ([masks[i] for i in kept], Dropped(max_masks=3 - len(kept)))
+
+
+def one_mask(pixels: np.ndarray) -> list[list[Encoded]]:
+    mask = mask_of(pixels)
+    x, y, w, h = mask.bbox_xywh
+    size_hw = mask.size_hw
+    crop = CropBox((0, 0, size_hw[1], size_hw[0]), 0)
+    return [[Encoded(mask, np.array([x, y, x + w - 1, y + h - 1]), crop)]]
+
+
+@pytest.mark.parametrize(("fraction", "kept"), [(0.5, 1), (0.51, 0)])
+def test_fractions_are_of_all_pixels_of_an_image_that_is_no_square(fraction: float, kept: int) -> None:
+    pixels = np.zeros((10, 40), bool)
+    pixels[:5] = True  # 200 of 400: more than 10 * 10, less than half of 40 * 40
+    config = SelectionConfig(min_mask_area_fraction=fraction)
+    assert len(merge_crops(one_mask(pixels), (10, 40), config)[0]) == kept
+    config = SelectionConfig(max_mask_area_fraction=fraction)
+    assert len(merge_crops(one_mask(pixels), (10, 40), config)[0]) == 1 - kept
+
+
+def test_cleaning_leaves_the_largest_island_and_its_box() -> None:
+    """So no mask is emptied, however small it is, and there is always a box."""
+    pixels = np.zeros((20, 20), bool)
+    pixels[4, 4] = pixels[10, 8:11] = True
+    ((cleaned,), _) = merge_crops(one_mask(pixels), (20, 20), SelectionConfig(min_mask_region_area=300))
+    assert (cleaned.area, cleaned.bbox_xywh) == (3, (8, 10, 3, 1))

@@ -446,7 +446,7 @@ def test_max_images_stops_early(shard_format: str, limit: int, tmp_path: Path) -
         (b"<!DOCTYPE html><html>" * 100, "the file begins with b'<!DOCTYPE html>"),
         (b"version https://git-lfs.github.com/spec/v1\n" * 20, "the file begins with b'version https://'"),
         (np.random.default_rng(0).bytes(5000), "breaks off here"),
-        (gzip.compress(b"<html>" * 900)[:-9], "the file begins with"),
+        (gzip.compress(b"<html>" * 900, mtime=0)[:-9], "the file begins with"),
     ],
 )
 def test_file_of_another_format_is_one_failed_row(shard_format: str, data: bytes, message: str, tmp_path: Path) -> None:
@@ -605,6 +605,7 @@ def test_parquet_row_without_bytes_is_a_failed_row(value: Any, message: str, tmp
     assert images[1].data == b"x"
 
 
+@pytest.mark.clients
 def test_what_is_said_of_parquet_that_holds_only_paths_works(tmp_path: Path) -> None:
     import datasets
 

@@ -23,6 +23,7 @@ with native_stderr_silenced():
     from keras import ops
 
 from maskbeam.transforms.masks.amg import DTYPES
+from maskbeam.transforms.masks.prompts import ABSENT
 from maskbeam.transforms.models.backend import Programs, compile_for_backend, runs_on_cpu
 from maskbeam.transforms.models.check_preset import check_preset
 from maskbeam.transforms.models.sam import conv_encoder as sam_conv_encoder
@@ -36,7 +37,6 @@ from maskbeam.transforms.models.sam.decoder import (
     upscale_pairs,
 )
 from maskbeam.transforms.models.sam.layers import Weights
-from maskbeam.transforms.models.sam.prompt_encoder import ABSENT
 from maskbeam.transforms.presets.embedded import PresetError, check_model_name, resolve_preset
 
 # Prompts upscaled in one call: at most so many, so that padding the last call wastes little, and at most so many values

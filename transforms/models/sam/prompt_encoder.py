@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from maskbeam.transforms.masks.prompts import ABSENT
 from maskbeam.transforms.models.sam.layers import Weights, dense, gelu, layer_norm, norm_weights
-
-ABSENT = -2  # label of what fills up a prompt; the labels of real tokens follow it
 
 
 def read_prompt_encoder(encoder: Any) -> Weights:
