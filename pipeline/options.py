@@ -22,7 +22,7 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from maskbeam.pipeline.exits import UsageError
-from maskbeam.pipeline.graph import Job
+from maskbeam.pipeline.graph import SHARED_SETTINGS, Job
 from maskbeam.pipeline.launch.dataflow import install_command, is_installed
 from maskbeam.transforms.masks.amg import PROFILES, AmgConfig
 
@@ -266,6 +266,9 @@ def _build_job(job: type[J], values: dict[str, Any]) -> J:
     configs: dict[str, Any] = {}
     for name, config in typing.get_type_hints(job).items():
         given = _given(config, values)
+        if config is AmgConfig and job is Job and values.get("prompts") is not None:
+            _check_no_grid(given, values)
+            given = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, **given}
         try:
             if config is AmgConfig:
                 if "point_grids" in given:
@@ -276,6 +279,22 @@ def _build_job(job: type[J], values: dict[str, Any]) -> J:
         except ValueError as error:
             raise UsageError(str(error)) from error
     return job(**configs)
+
+
+def _check_no_grid(given: dict[str, Any], values: dict[str, Any]) -> None:
+    """With prompts there is no grid of points, no crop and no duplicate.
+
+    Raises:
+      UsageError: a flag is of those.
+    """
+    names = [name for name in given if name not in SHARED_SETTINGS]
+    if values["profile"] != "default":
+        names.append("profile")
+    if names:
+        raise UsageError(
+            f"--{names[0]} is for a grid of points, and --prompts is in its place: each prompt gets its mask. Leave "
+            "one of the two out."
+        )
 
 
 def _beam_options(flags: list[str]) -> PipelineOptions:

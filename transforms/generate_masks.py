@@ -13,9 +13,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import apache_beam as beam
@@ -23,11 +23,21 @@ from apache_beam.metrics import Metrics
 from apache_beam.utils.shared import Shared
 
 from maskbeam.transforms.errors import describe_error
-from maskbeam.transforms.images import ImageConfig, ImageError, decode_image
+from maskbeam.transforms.images import ImageConfig, ImageError, decode_image, read_size
 from maskbeam.transforms.labeler import Labeler, MakeLabeler, PromptError
 from maskbeam.transforms.load_model import LoadSam, ModelConfig, load_model, use_backend
 from maskbeam.transforms.model_health import ModelBroken, ModelHealth, is_out_of_memory, probe_pixels
-from maskbeam.transforms.records import Chunk, EncodedImage, Failure, ImageMasks, LabeledChunk, LabeledImage, Seconds
+from maskbeam.transforms.prompt_files.finder import PromptFinder, RunPrompts
+from maskbeam.transforms.records import (
+    Chunk,
+    DroppedPrompt,
+    EncodedImage,
+    Failure,
+    ImageMasks,
+    LabeledChunk,
+    LabeledImage,
+    Seconds,
+)
 from maskbeam.transforms.threads import host_threads
 from maskbeam.transforms.worker_progress import IMAGE, PROGRESS_RECORD, StartUp, WatchedSam, open_progress
 
@@ -44,10 +54,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Decoded:
-    """An image that its labeler has prepared, or why it never will be."""
+    """An image that its labeler has prepared, or one that is done without: it failed, or has no prompts."""
 
     labeled: LabeledImage  # without masks
     prepared: Any = None
+    problems: Mapping[int, str] = field(default_factory=dict)  # of prompts, by their index
+
+    @property
+    def is_done(self) -> bool:
+        return self.prepared is None
 
 
 def label_chunk(
@@ -57,6 +72,7 @@ def label_chunk(
     threads: ThreadPoolExecutor,
     health: ModelHealth,
     image_done: Callable[[LabeledImage], None] = lambda image: None,
+    finder: PromptFinder | None = None,
 ) -> LabeledChunk:
     """Labels the images of a chunk; an image that cannot be labeled becomes a failure and costs only itself.
 
@@ -64,6 +80,7 @@ def label_chunk(
       threads: decode, measure and encode here.
       health: carried from chunk to chunk.
       image_done: called with each image, for progress.
+      finder: of the images' prompts; None = there are none, and none are needed.
 
     Raises:
       ModelBroken: images fail, and the built-in one does, too.
@@ -72,7 +89,7 @@ def label_chunk(
     num_ahead = max(_DECODE_AHEAD, labeler.images_per_batch)
     ahead: deque[Future[_Decoded]] = deque()
     for image in chunk.images:
-        ahead.append(threads.submit(_decode, image, image_config, labeler))
+        ahead.append(threads.submit(_decode, image, image_config, labeler, finder))
         if len(ahead) == num_ahead:
             feeder.feed(ahead.popleft().result())
     while ahead:
@@ -113,7 +130,7 @@ class _Feeder:
           ModelBroken: see label_chunk.
         """
         self._batch.append(decoded)
-        if len(_without_failure(self._batch)) in (0, self._labeler.images_per_batch):
+        if len(_to_label(self._batch)) in (0, self._labeler.images_per_batch):
             self._start_batch()
             while len(self._behind) > self._num_behind:
                 self._finish_oldest()
@@ -132,9 +149,9 @@ class _Feeder:
         return tuple(self._labeled)
 
     def _start_batch(self) -> None:
-        good = _without_failure(self._batch)
+        good = _to_label(self._batch)
         futures = iter(self._label(good) if good else [])
-        self._behind.extend((decoded, None if decoded.labeled.failure else next(futures)) for decoded in self._batch)
+        self._behind.extend((decoded, None if decoded.is_done else next(futures)) for decoded in self._batch)
         self._batch.clear()
 
     def _label(self, batch: list[_Decoded]) -> list[Future[ImageMasks]]:
@@ -166,7 +183,8 @@ class _Feeder:
                 dropped=result.dropped,
                 seconds=decoded.labeled.seconds + result.seconds,
                 candidates=result.candidates,
-                num_prompts=result.num_prompts,
+                dropped_prompts=_with_reasons(result.dropped_prompts, decoded.problems),
+                clipped_prompts=result.clipped_prompts,
             )
         )
 
@@ -203,8 +221,13 @@ class _Feeder:
         self._image_done(image)
 
 
-def _without_failure(batch: list[_Decoded]) -> list[_Decoded]:
-    return [decoded for decoded in batch if not decoded.labeled.failure]
+def _to_label(batch: list[_Decoded]) -> list[_Decoded]:
+    return [decoded for decoded in batch if not decoded.is_done]
+
+
+def _with_reasons(dropped: tuple[DroppedPrompt, ...], problems: Mapping[int, str]) -> tuple[DroppedPrompt, ...]:
+    """Dropped prompts with what was wrong with them before they were prompts."""
+    return tuple(replace(prompt, reason=problems.get(prompt.index, prompt.reason)) for prompt in dropped)
 
 
 def _failed(error: Exception) -> Future[ImageMasks]:
@@ -213,33 +236,57 @@ def _failed(error: Exception) -> Future[ImageMasks]:
     return future
 
 
-def _decode(image: EncodedImage, config: ImageConfig, labeler: Labeler) -> _Decoded:
-    """Bytes -> what the labeler makes of the pixels. The decoded image itself is not kept."""
+def _decode(image: EncodedImage, config: ImageConfig, labeler: Labeler, finder: PromptFinder | None) -> _Decoded:
+    """Bytes -> what the labeler makes of the pixels. The decoded image itself is not kept.
+
+    Where there are prompts, but none for this image, only its header is read.
+    """
     start = time.perf_counter()
     sha256 = hashlib.sha256(image.data).hexdigest() if image.data else ""
-    source = replace(image, data=b"", prompts=None)
-    num_prompts = None if image.prompts is None else len(image.prompts)
-    labeled = LabeledImage(source, len(image.data), sha256, None, 1, failure=image.failure, num_prompts=num_prompts)
-
+    labeled = LabeledImage(
+        replace(image, data=b"", prompts=None), len(image.data), sha256, None, 1, failure=image.failure
+    )
     if image.failure:
         return _Decoded(labeled)
+    sized, resolved = labeled, None
     try:
+        found = None
+        if finder is not None:
+            found = finder.find(image)
+            labeled = replace(
+                labeled,
+                num_prompts=len(found.rows) if found else 0,
+                prompts_key=found.key if found else None,
+            )
+            if found is None:
+                size_hw, exif_orientation = read_size(image.data, config)
+                return _Decoded(replace(labeled, size_hw=size_hw, exif_orientation=exif_orientation))
         decoded = decode_image(image.data, config)
         height, width = decoded.pixels.shape[:2]
         sized = replace(labeled, size_hw=(height, width), exif_orientation=decoded.exif_orientation)
-        prepared = labeler.prepare(decoded.pixels, image.prompts)
+        if finder is not None and found is not None:
+            resolved = finder.resolve(found, (height, width), decoded.exif_orientation)
+        prepared = labeler.prepare(decoded.pixels, resolved.prompts if resolved else None)
     except PromptError as error:
         return _Decoded(replace(sized, failure=Failure("prompt", str(error))))
     except Exception as error:  # whatever it is, it is this image's
         reason = str(error) if isinstance(error, ImageError) else describe_error(error)
         return _Decoded(replace(labeled, failure=Failure("decode", reason)))
-    return _Decoded(replace(sized, seconds=Seconds(decode=time.perf_counter() - start)), prepared)
+    sized = replace(sized, seconds=Seconds(decode=time.perf_counter() - start))
+    return _Decoded(sized, prepared, resolved.problems if resolved else {})
 
 
 class _SharedLabeler:
     """One labeler, with its model, a process; the lock is a guard for runners with several bundle threads."""
 
-    def __init__(self, load: Callable[[], Any], make: MakeLabeler, tell: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Any],
+        make: MakeLabeler,
+        tell: Callable[[int], None],
+        prompts: RunPrompts | None,
+    ) -> None:
+        self.finder = None if prompts is None else PromptFinder(prompts)  # before the model, which takes longer
         self.start_up = StartUp(tell)
         self.labeler = make(WatchedSam(load(), self.start_up))
         self.start_up.loaded()
@@ -256,6 +303,7 @@ class GenerateMasks(beam.PTransform):
       backend: the Keras backend the job was made for; workers set it, or fail if they already run another.
       load: makes the model; tests give a fake.
       progress_dir: a local directory where each process notes how far it is, for the launcher's progress bar.
+      prompts: of the images; None = the labeler needs none.
     """
 
     model: ModelConfig
@@ -264,6 +312,7 @@ class GenerateMasks(beam.PTransform):
     backend: str
     load: LoadSam = load_model
     progress_dir: str | None = None
+    prompts: RunPrompts | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -287,7 +336,9 @@ class _GenerateMasksFn(beam.DoFn):
         if self._progress is not None:  # a local worker process tells its life's story at INFO
             logging.getLogger("apache_beam.runners.worker").setLevel(logging.WARNING)
         self._model = self._shared.acquire(
-            lambda: _SharedLabeler(lambda: settings.load(settings.model), settings.make_labeler, self._tell)
+            lambda: _SharedLabeler(
+                lambda: settings.load(settings.model), settings.make_labeler, self._tell, settings.prompts
+            )
         )
         self._threads = host_threads()
 
@@ -309,7 +360,11 @@ class _GenerateMasksFn(beam.DoFn):
                 self._threads,
                 self._model.health,
                 image_done=self._image_done,
+                finder=self._model.finder,
             )
+            if self._model.finder is not None:
+                any_found = any(image.num_prompts for image in labeled.images)
+                self._model.finder.check((image.source.image_id for image in labeled.images), any_found)
             labeled = replace(labeled, workers=self._model.start_up.finish_chunk(len(labeled.images)))
             out_of_memory = self._model.health.out_of_memory - out_of_memory
         if out_of_memory:

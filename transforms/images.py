@@ -17,6 +17,7 @@ Embedded colour profiles (ICC) are ignored. Where the stored samples are 8-bit, 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 from collections.abc import Iterator
@@ -118,14 +119,8 @@ def decode_image(data: bytes, config: ImageConfig) -> DecodedImage:
       ImageError: for every fault of the bytes: empty, not an image, over `max_pixels`, truncated, damaged.
     """
     format_name = _identify(data)
-    try:
-        image = _READERS[format_name][1](io.BytesIO(data))
-        width, height = image.size
-        if width * height > config.max_pixels:
-            raise ImageError(
-                f"the image has {width} x {height} = {width * height} pixels, more than the limit of "
-                f"{config.max_pixels} that guards against decompression bombs. If it is genuine, raise --max_pixels."
-            )
+    with _image_errors(format_name):
+        image = _open(data, format_name, config)
         if format_name == "JPEG" and data.count(_START_OF_SCAN) > MAX_JPEG_SCANS:
             raise ImageError(
                 f"the JPEG has more than {MAX_JPEG_SCANS} scans, each of which takes as long as a whole image: it "
@@ -134,6 +129,40 @@ def decode_image(data: bytes, config: ImageConfig) -> DecodedImage:
         image.load()
         orientation = _exif_orientation(image)
         return DecodedImage(_rgb_pixels(image, orientation if config.exif == "apply" else 1), orientation)
+
+
+def read_size(data: bytes, config: ImageConfig) -> tuple[tuple[int, int], int]:
+    """(H, W) in pixels after orientation, and the EXIF orientation, of an image file of which only the header is read.
+
+    Raises:
+      ImageError: as decode_image, as far as the header shows it.
+    """
+    format_name = _identify(data)
+    with _image_errors(format_name):
+        image = _open(data, format_name, config)
+        width, height = image.size
+        orientation = _exif_orientation(image)
+        turned = config.exif == "apply" and orientation >= 5
+        return ((width, height) if turned else (height, width)), orientation
+
+
+def _open(data: bytes, format_name: str, config: ImageConfig) -> ImageFile:
+    """Reads the header, and looks at the size that it says."""
+    image = _READERS[format_name][1](io.BytesIO(data))
+    width, height = image.size
+    if width * height > config.max_pixels:
+        raise ImageError(
+            f"the image has {width} x {height} = {width * height} pixels, more than the limit of "
+            f"{config.max_pixels} that guards against decompression bombs. If it is genuine, raise --max_pixels."
+        )
+    return image
+
+
+@contextlib.contextmanager
+def _image_errors(format_name: str) -> Iterator[None]:
+    """Within this, whatever the format's reader raises becomes an ImageError."""
+    try:
+        yield
     except ImageError:
         raise
     except MemoryError as error:

@@ -16,6 +16,7 @@ from maskbeam.transforms.labels.layout import (
     list_tables,
 )
 from maskbeam.transforms.labels.resume import finished_reports, is_finished
+from maskbeam.transforms.prompt_files.in_record import RecordPrompts
 from maskbeam.transforms.readers.samples import ReadConfig
 from maskbeam.transforms.readers.shard import read_images
 from maskbeam.transforms.records import (
@@ -26,7 +27,12 @@ from maskbeam.transforms.records import (
 
 
 def read_chunks(
-    shard: Shard, config: ReadConfig, root: str, chunk_size: int, finished: Container[int]
+    shard: Shard,
+    config: ReadConfig,
+    root: str,
+    chunk_size: int,
+    finished: Container[int],
+    prompts: RecordPrompts | None = None,
 ) -> Iterator[Chunk]:
     """The chunks of a shard that are not finished. At most one of them and one image more are in memory.
 
@@ -34,6 +40,7 @@ def read_chunks(
       chunk_size: images in a chunk; it also closes at CHUNK_BYTES.
       finished: indices of the chunks to leave out. They are cut again all the same, so the others stay what they
         were; finished loose files are not even opened.
+      prompts: how the prompts in the records are read; None = they are not.
     """
     if shard.format == "image":
         if shard.first_chunk not in finished:
@@ -41,7 +48,8 @@ def read_chunks(
             yield Chunk(shard, shard.first_chunk, images, final=True, digest=shard.digest)
         return
     index = shard.first_chunk
-    for images, final in cut_chunks(read_images(shard, config, root), lambda image: len(image.data), chunk_size):
+    images_of_shard = read_images(shard, config, root, prompts)
+    for images, final in cut_chunks(images_of_shard, lambda image: len(image.data), chunk_size):
         if index not in finished:
             yield Chunk(shard, index, images, final, shard.digest)
         del images  # or it would stay in memory beside the next one
@@ -52,17 +60,26 @@ FINISHED = "finished"
 
 
 def read_unfinished(
-    shard: Shard, config: ReadConfig, chunk_size: int, root: str, reports: list[ChunkReport]
+    shard: Shard,
+    config: ReadConfig,
+    chunk_size: int,
+    root: str,
+    reports: list[ChunkReport],
+    prompts: RecordPrompts | None = None,
 ) -> Iterator[Chunk]:
     """The chunks of a shard that are not among the finished ones; a finished shard is not opened at all."""
     finished = {report.index for report in reports}
     if not is_finished(reports, shard.first_chunk):
-        yield from read_chunks(shard, config, root, chunk_size, finished)
+        yield from read_chunks(shard, config, root, chunk_size, finished, prompts)
 
 
 @dataclass(eq=False, repr=False)
 class ReadChunks(beam.PTransform):
-    """PCollection[Shard] -> PCollection[Chunk] to do, PCollection[ChunkReport] of those that are done."""
+    """PCollection[Shard] -> PCollection[Chunk] to do, PCollection[ChunkReport] of those that are done.
+
+    Attributes:
+      prompts: how prompts are read from the images' records; None = they are not.
+    """
 
     config: ReadConfig
     chunk_size: int
@@ -70,6 +87,7 @@ class ReadChunks(beam.PTransform):
     output: str
     run_id: str | None = None
     keep_candidates: bool = False
+    prompts: RecordPrompts | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -100,4 +118,6 @@ class _ReadChunksFn(beam.DoFn):
         reports = finished_reports(shard, self._committed.get(place, []), settings.output, settings.run_id)
         for report in reports:
             yield beam.pvalue.TaggedOutput(FINISHED, report)
-        yield from read_unfinished(shard, settings.config, settings.chunk_size, settings.root, reports)
+        yield from read_unfinished(
+            shard, settings.config, settings.chunk_size, settings.root, reports, settings.prompts
+        )

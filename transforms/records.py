@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
 
 # Formats a shard can have. "image" is a directory's loose image files; the others are one file each.
 FORMATS = ("tfrecord", "tar", "parquet", "image")
@@ -209,7 +210,8 @@ class EncodedImage:
       data: the file's bytes; empty where reading failed.
       failure: set where reading failed.
       annotations: other images of its sample, which are not labeled.
-      prompts: what to find in it, where its record says so; None = nothing said.
+      prompts: what to find in it, where its record says so: rows of maskbeam.transforms.prompt_files.rows.SCHEMA, since
+        its size is not known yet; None = nothing said.
     """
 
     image_id: str
@@ -219,7 +221,7 @@ class EncodedImage:
     data: bytes
     failure: Failure | None = None
     annotations: Annotations = NO_ANNOTATIONS
-    prompts: Prompts | None = None
+    prompts: pa.RecordBatch | None = None
 
 
 @dataclass(frozen=True)
@@ -435,6 +437,8 @@ class LabeledImage:
       candidates: with keep_candidates those above the bar, one tuple for each crop, as the model proposed them.
       num_prompts: that the image was given; None where it was a grid, or where it was imported.
       prompts_key: the key that its prompts were found by; None where there is none.
+      dropped_prompts: those that cannot be used, and why.
+      clipped_prompts: how many had a box that reached beyond the image.
     """
 
     source: EncodedImage
@@ -450,6 +454,8 @@ class LabeledImage:
     candidates: tuple[tuple[StoredCandidate, ...], ...] = ()
     num_prompts: int | None = None
     prompts_key: str | None = None
+    dropped_prompts: tuple[DroppedPrompt, ...] = ()
+    clipped_prompts: int = 0
 
     @property
     def status(self) -> str:
@@ -522,6 +528,13 @@ class LabeledChunk:
                 if image.failure
             ),
             annotations=sum((image.source.annotations for image in self.images), NO_ANNOTATIONS),
+            prompts=sum(image.num_prompts or 0 for image in self.images),
+            clipped_prompts=sum(image.clipped_prompts for image in self.images),
+            dropped_prompts=tuple(
+                f"{image.source.image_id}: {prompt.id or f'number {prompt.index}'}: {prompt.reason}"
+                for image in self.images
+                for prompt in image.dropped_prompts
+            )[:MAX_FAILURES_SHOWN],
         )
 
 
@@ -533,6 +546,9 @@ class Totals(Sums):
       chunks: committed ones; 0 = not known, before version 2.
       failures: "image_id: stage: reason" of the first few failed images, in the order of their ids.
       annotations: images of tar samples that are not among `images`.
+      prompts: that the images were given.
+      clipped_prompts: of those, how many had a box that reached beyond its image.
+      dropped_prompts: "image_id: prompt: reason" of the first few that cannot be used, in the order of the images' ids.
     """
 
     images: int = 0
@@ -548,10 +564,17 @@ class Totals(Sums):
     chunks: int = 0
     failures: tuple[str, ...] = ()
     annotations: Annotations = NO_ANNOTATIONS
+    prompts: int = 0
+    clipped_prompts: int = 0
+    dropped_prompts: tuple[str, ...] = ()
 
     def __add__(self, other: Totals) -> Totals:
         added = super().__add__(other)
-        return replace(added, failures=tuple(sorted(added.failures)[:MAX_FAILURES_SHOWN]))
+        return replace(
+            added,
+            failures=tuple(sorted(added.failures)[:MAX_FAILURES_SHOWN]),
+            dropped_prompts=tuple(sorted(added.dropped_prompts)[:MAX_FAILURES_SHOWN]),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -568,6 +591,7 @@ class Totals(Sums):
                 "seconds": Seconds(**values["seconds"]),
                 "workers": WorkerTime.from_dict(values.get("workers", {})),
                 "failures": tuple(values["failures"]),
+                "dropped_prompts": tuple(values.get("dropped_prompts", ())),
                 "annotations": Annotations(annotations["images"], tuple(annotations["names"])),
             }
         )

@@ -37,7 +37,7 @@ def write_summary(totals: Totals, output: str, run: Run) -> Totals:
 def read_totals(output: str) -> Totals:
     """The totals of a run that ended well, of its summary.json."""
     content = read_json(FileSystems.join(output, SUMMARY_FILE))
-    return Totals.from_dict({field.name: content[field.name] for field in fields(Totals)})
+    return Totals.from_dict({field.name: content[field.name] for field in fields(Totals) if field.name in content})
 
 
 @dataclass(eq=False, repr=False)

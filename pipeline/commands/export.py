@@ -34,7 +34,7 @@ from maskbeam.transforms.formats.sa1b import sa1b_record
 from maskbeam.transforms.formats.yolo import YoloLoss, yolo_text
 from maskbeam.transforms.labels.layout import ChunkKey
 from maskbeam.transforms.labels.run_file import Run, read_run
-from maskbeam.transforms.labels.tables import list_chunks, read_chunk
+from maskbeam.transforms.labels.tables import list_chunks, read_chunk, read_chunks
 
 # What an export leaves in its directory: a list of its files, and what lies beside it.
 EXPORT_FILE = "export.json"
@@ -118,6 +118,16 @@ class Labels:
                 self.images += 1
                 yield image_to_coco(image, self.images + self.failed), masks
                 self.masks += len(masks)
+
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        """COCO records of the categories; of prompts in records only the ids are known."""
+        categories = self.run.categories
+        if categories is not None:
+            return categories
+        chunks = (chunk.annotations["category_id"] for chunk in read_chunks(self.directory))
+        ids = {category_id for column in chunks for category_id in column.unique().to_pylist()}
+        return [{"id": category_id, "name": str(category_id)} for category_id in sorted(ids)]
 
 
 def main(argv: list[str]) -> int:
@@ -225,7 +235,7 @@ def _export_coco(labels: Labels, config: ExportConfig) -> str:
         images.seek(0)
         shutil.copyfileobj(images, file)
         file.write(b"\n]")
-        about = {"info": _about(labels.run), **(labels.run.coco or {}), "categories": labels.run.categories}
+        about = {"info": _about(labels.run), **(labels.run.coco or {}), "categories": labels.categories}
         about.pop("exported_by", None)  # of labels that were exported and imported again
         for key, value in about.items():
             file.write(b",\n" + _json_line(key) + b": " + _json_line(value))
@@ -405,7 +415,7 @@ def _export_sa1b(labels: Labels, config: ExportConfig) -> str:
 
 
 def _export_yolo(labels: Labels, config: ExportConfig) -> str:
-    categories = sorted(labels.run.categories, key=lambda category: category["id"])
+    categories = sorted(labels.categories, key=lambda category: category["id"])
     classes = {category["id"]: index for index, category in enumerate(categories)}
     loss = YoloLoss(PolygonLoss())
     with _new_files(labels, config) as files:

@@ -9,6 +9,7 @@ import platform
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from typing import Any
 
 from apache_beam.io.filesystems import FileSystems
 
@@ -17,6 +18,7 @@ from maskbeam.pipeline.graph import Job
 from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.files.paths import absolute
 from maskbeam.transforms.files.storage import delete_file, delete_files, escape_glob, list_tree
+from maskbeam.transforms.formats.coco import OBJECT_CATEGORY
 from maskbeam.transforms.labels.clear import delete_chunks, delete_temporary
 from maskbeam.transforms.labels.layout import (
     ANNOTATIONS_DIR,
@@ -32,10 +34,14 @@ from maskbeam.transforms.labels.run_file import Run, read_run, write_run
 from maskbeam.transforms.models.check_preset import check_preset
 from maskbeam.transforms.presets.embedded import PresetError
 from maskbeam.transforms.presets.remote import local_preset
+from maskbeam.transforms.prompt_files.categories import to_records
+from maskbeam.transforms.prompt_files.publish import PROMPTS_DIR, FoundPrompts, delete_stores
+from maskbeam.transforms.prompt_files.source import read_names
+from maskbeam.transforms.prompt_files.store import StoreMeta
 from maskbeam.transforms.records import DamagedFile, Shard
 
 _TABLE_DIRS = (ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR)
-_OUR_DIRS = (*_TABLE_DIRS, TEMPORARY_DIR)
+_OUR_DIRS = (*_TABLE_DIRS, TEMPORARY_DIR, PROMPTS_DIR)
 
 _VERSIONED = ("maskbeam", "apache-beam", "keras", "keras-hub", "tensorflow", "jax", "numpy", "pycocotools", "pyarrow")
 
@@ -45,9 +51,13 @@ def default_backend() -> str:
     return os.environ.get("KERAS_BACKEND", "tensorflow")
 
 
-def describe_run(job: Job, root: str) -> Run:
-    """The run of a job: settings that affect rows, the model's fingerprint, backend, dtype, root; versions."""
-    return Run(
+def describe_run(job: Job, root: str, found: FoundPrompts | None = None, meta: StoreMeta | None = None) -> Run:
+    """The run of a job: settings that affect rows, the model's fingerprint, backend, dtype, root; versions.
+
+    Args:
+      found, meta: the files of --prompts and their store; None = there are none.
+    """
+    run = Run(
         root=root,
         input_format=job.input.input_format,
         chunk_size=job.input.chunk_size,
@@ -62,6 +72,25 @@ def describe_run(job: Job, root: str) -> Run:
         amg=asdict(job.amg),
         versions=versions(),
     )
+    return run if job.prompts.prompts is None else _with_prompts(run, job, found, meta)
+
+
+def _with_prompts(run: Run, job: Job, found: FoundPrompts | None, meta: StoreMeta | None) -> Run:
+    """What a run with prompts has beside the others."""
+    config = job.prompts
+    settings = asdict(config)
+    del settings["prompts"], settings["categories"]  # the digest has what is in them
+    records: list[dict[str, Any]] | None = None  # of records only the ids are known
+    if meta is not None:
+        records = to_records(meta.categories) or [OBJECT_CATEGORY]
+    elif config.categories is not None:
+        records = to_records(dict(enumerate(read_names(config.categories))))
+    prompts = {
+        **settings,
+        "prompts_format": "record" if found is None else found.source.format,
+        "prompts_digest": None if found is None else found.digest,
+    }
+    return replace(run, prompts=prompts, prompt_files=list(config.prompts or ()), class_records=records)
 
 
 def versions() -> dict[str, str]:
@@ -142,6 +171,7 @@ def _delete_labels(output: str) -> None:
     """Deletes what a run of ours leaves in its output, and nothing else."""
     delete_chunks(output)
     delete_temporary(output)
+    delete_stores(output)
     delete_file(FileSystems.join(output, SUMMARY_FILE))
     (manifests,) = FileSystems.match([manifest_path(escape_glob(output), "*")])
     delete_files([file.path for file in manifests.metadata_list])

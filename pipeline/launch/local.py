@@ -32,7 +32,8 @@ from maskbeam.pipeline.exits import EXIT_DONE, EXIT_FAILED, UsageError
 from maskbeam.pipeline.graph import Job, build
 from maskbeam.pipeline.interruption import when_interrupted
 from maskbeam.pipeline.launch.dataflow import makes_template
-from maskbeam.pipeline.launch.identity import claim_output, default_backend, describe_run, refuse_input_in_output
+from maskbeam.pipeline.launch.identity import default_backend, refuse_input_in_output
+from maskbeam.pipeline.launch.prompts import claim, report_prompts
 from maskbeam.pipeline.launch.remote import JobFailed, prepare, run_elsewhere
 from maskbeam.pipeline.launch.settle import Settled, finish, settle
 from maskbeam.pipeline.launch.starts import announce_start, withdraw_start
@@ -48,6 +49,8 @@ from maskbeam.transforms.load_model import LoadSam, load_model, use_backend
 from maskbeam.transforms.match_shards import Matched, check_output, match_shards
 from maskbeam.transforms.model_health import ModelBroken
 from maskbeam.transforms.presets.embedded import PresetError, check_model_name
+from maskbeam.transforms.prompt_files.finder import NoPromptsFound
+from maskbeam.transforms.prompt_files.store import StoreMeta
 from maskbeam.transforms.records import Totals
 from maskbeam.transforms.summarize import read_totals
 from maskbeam.transforms.write_parquet import TooManyFailures
@@ -62,6 +65,7 @@ _EXPECTED_ERRORS = (
     InputChanged,
     JobFailed,
     ModelBroken,
+    NoPromptsFound,
     PresetError,
     RunReplaced,
     StoreUnavailable,
@@ -97,8 +101,7 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model, no
     except (ValueError, RuntimeError, OSError) as error:
         raise UsageError(describe_error(error) if isinstance(error, BeamIOError) else str(error)) from error
     refuse_input_in_output(matched.shards, job.output.output)
-    run = describe_run(job, matched.root)
-    run = claim_output(job.output.output, run, job.output.overwrite)
+    run, prompts = claim(job, matched.root)
     try:
         settled = settle(job, matched, run)
         note, others = announce_start(job.output.output)
@@ -116,12 +119,14 @@ def run_label(job: Job, options: PipelineOptions, load: LoadSam = load_model, no
     stays = f"What is committed in {job.output.output} stays; run the same command to go on."
     with when_interrupted(lambda: withdraw_start(note), stays):
         try:
-            return _label(job, options, settled, matched, load)
+            return _label(job, options, settled, matched, load, prompts)
         finally:
             withdraw_start(note)
 
 
-def _label(job: Job, options: PipelineOptions, settled: Settled, matched: Matched, load: LoadSam) -> int:
+def _label(
+    job: Job, options: PipelineOptions, settled: Settled, matched: Matched, load: LoadSam, prompts: StoreMeta | None
+) -> int:
     """Runs the pipeline and tells how it ended; returns the exit code."""
     if runs_locally(options):
         outcome = _run_here(job, options, settled.run, matched, settled.done, load)
@@ -140,12 +145,16 @@ def _label(job: Job, options: PipelineOptions, settled: Settled, matched: Matche
     print(summary(totals, outcome, matched.ignored, job.output.output, describe_model(settled.run)))
     for note in settled.notes:
         print(escape_controls(note))
+    mismatch = report_prompts(job, settled.run, totals, prompts) if job.prompts.prompts is not None else None
     try:
         gap = finish(job, settled, totals)
     except RunReplaced as error:  # it tidies up, too
         gap = str(error)
     if gap is not None:
         print(f"maskbeam: {gap}", file=sys.stderr)
+        return EXIT_FAILED
+    if mismatch is not None:
+        print(f"maskbeam: {mismatch}", file=sys.stderr)
         return EXIT_FAILED
     if totals.failed == totals.images:
         print(f"maskbeam: {describe_no_result(totals)}", file=sys.stderr)

@@ -29,6 +29,8 @@ REQUIRED = ["--input", "in", "--output", "out"]
 CONFIGS: dict[str, Any] = typing.get_type_hints(Job)
 FIELDS = [(name, field) for name, config in CONFIGS.items() for field in fields(config)]
 
+_PROMPTS = ["--prompts", "a.csv"]  # without them the flags of prompts are an error
+
 # For every field a value that is not its default, as it is typed and as it should arrive.
 VALUES: dict[str, tuple[list[str], Any]] = {
     "input": (["a", "b c"], ("a", "b c")),
@@ -41,6 +43,16 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "parquet_image": (["img"], ("img",)),
     "parquet_key": (["a", "b"], ("a", "b")),
     "parquet_file_name": (["a"], ("a",)),
+    "prompts": (["a.csv", "b.csv"], ("a.csv", "b.csv")),
+    "prompts_format": (["coco", *_PROMPTS], "coco"),
+    "prompts_bbox": (["xywh", *_PROMPTS], "xywh"),
+    "prompts_key": (["stem", *_PROMPTS], "stem"),
+    "categories": (["names.txt", *_PROMPTS], "names.txt"),
+    "min_prompt_score": (["0.5", *_PROMPTS], 0.5),
+    "mask": (["all", *_PROMPTS], "all"),
+    "refine_steps": (["2", *_PROMPTS], 2),
+    "box_margin": (["0.25", *_PROMPTS], 0.25),
+    "scale_prompts": (_PROMPTS, True),
     "exif": (["ignore"], "ignore"),
     "max_pixels": (["1000"], 1000),
     "model": (["sam_base_sa1b"], "sam_base_sa1b"),

@@ -27,6 +27,9 @@ from maskbeam.transforms.masks import amg, automatic
 from maskbeam.transforms.masks.amg import AmgConfig, label_image
 from maskbeam.transforms.masks.automatic import AutomaticLabeler, probe_config
 from maskbeam.transforms.model_health import ModelBroken, ModelHealth, is_out_of_memory, probe_pixels
+from maskbeam.transforms.prompt_files.config import PromptConfig
+from maskbeam.transforms.prompt_files.finder import PromptFinder, RunPrompts
+from maskbeam.transforms.prompt_files.rows import make_batch
 from maskbeam.transforms.records import (
     Chunk,
     Dropped,
@@ -487,25 +490,23 @@ def test_a_batch_that_fails_is_labeled_image_by_image(label: Label) -> None:
     assert [3, 4, 5] in labeler.batches and len(labeler.batches) == 5
 
 
-def prompts_of(count: int) -> Prompts:
-    nothing = np.zeros(count, np.float32)
-    boxes = np.tile([1.0, 2.0, 3.0, 4.0], (count, 1))
-    return Prompts(
-        boxes, np.zeros((0, 2)), np.zeros(0, np.int8), np.zeros(count + 1, np.int64), (None,) * count,
-        np.ones(count, np.int32), nothing, ("",) * count,
-    )  # fmt: skip
-
-
-def test_the_labeler_gets_the_prompts_of_an_image_and_may_refuse_them(label: Label) -> None:
-    labeler, prompts = BatchLabeler(2), prompts_of(2)
-    images = [encoded(0), replace(encoded(1), prompts=prompts), replace(encoded(2), prompts=prompts_of(0))]
-    labeled = label(chunk_of(*images), labeler=labeler)
-    assert labeler.prompts[0] is None and labeler.prompts[1] is prompts
+def test_the_labeler_gets_the_prompts_of_an_image_unless_they_are_for_another(label: Label) -> None:
+    box = {"image": "", "bbox": [1.0, 2.0, 3.0, 4.0]}
+    labeler = BatchLabeler(2)
+    images = [
+        encoded(0),
+        replace(encoded(1), prompts=make_batch([box, box])),
+        replace(encoded(2), prompts=make_batch([{**box, "width": 640, "height": 480}])),
+    ]
+    finder = PromptFinder(RunPrompts(PromptConfig(("in_record",)), ImageConfig(), None, {}))
+    labeled = label(chunk_of(*images), labeler=labeler, finder=finder)
+    assert {number: len(prompts or ()) for number, prompts in labeler.prompts.items()} == {1: 2}
     assert outcomes(labeled) == ["empty", "empty", "prompt"]
-    assert [image.num_prompts for image in labeled.images] == [None, 2, 0]
+    assert [image.num_prompts for image in labeled.images] == [0, 2, 1]
     refused = labeled.images[2]
-    assert refused.failure == Failure("prompt", "the boxes are for 640 x 480, the image has 64 x 48")
-    assert (refused.size_hw, labeled.images[1].source.prompts) == ((48, 64), None)
+    assert refused.failure and "for 640 x 480, the image has 64 x 48" in refused.failure.reason
+    assert [image.size_hw for image in labeled.images] == [(48, 64)] * 3
+    assert labeled.images[1].source.prompts is None
 
 
 # The transform.

@@ -126,13 +126,13 @@ def check_images(images: pa.Table, max_pixels: int) -> None:
     _check_coco(rows, ("width", "height"))
 
 
-def check_annotations(annotations: pa.Table, images: pa.Table, category_ids: Collection[int]) -> None:
+def check_annotations(annotations: pa.Table, images: pa.Table, category_ids: Collection[int] | None) -> None:
     """Checks an annotations table.
 
     Args:
       annotations: with the types of schema.ANNOTATIONS, and perhaps COCO_FIELD.
       images: of the same chunk, checked.
-      category_ids: that masks may have.
+      category_ids: that masks may have; None = any.
 
     Raises:
       ValueError: names the mask by its image and mask_index.
@@ -156,11 +156,12 @@ def check_annotations(annotations: pa.Table, images: pa.Table, category_ids: Col
         rows.require_column(column, ~np.isinf(rows.numbers(column)), "a finite number, or NaN")
     _check_prompts(rows, _num_prompts(images)[of_image])
     rows.require_column("crop_box", np.isfinite(rows.vectors("crop_box", 4)).all(axis=1), "finite numbers")
-    rows.require_column(
-        "category_id",
-        np.isin(rows.numbers("category_id"), sorted(category_ids)),
-        f"one of {str(sorted(category_ids))[1:-1]:.{_SHOWN}}, the categories in run.json",
-    )
+    if category_ids is not None:
+        rows.require_column(
+            "category_id",
+            np.isin(rows.numbers("category_id"), sorted(category_ids)),
+            f"one of {str(sorted(category_ids))[1:-1]:.{_SHOWN}}, the categories in run.json",
+        )
     rows.require_column("iscrowd", np.isin(rows.numbers("iscrowd"), (0, 1)), "0 or 1")
     _check_order(rows, of_image, position, num_masks[of_image])
     _check_coco(rows, ("segmentation", "image_id"))

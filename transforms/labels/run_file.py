@@ -33,7 +33,7 @@ _ALWAYS = ("root", "input_format", "limit", "model", "model_fingerprint", "amg",
 
 # What may differ between starts of one run: names for people, not what makes the rows, and where the input lies, since
 # a copy of it has the same rows (transforms/labels/reconcile.py looks).
-_NOT_IDENTITY = ("model", "versions", "coco", "id", "root", "manifest", "format", "clearing")
+_NOT_IDENTITY = ("prompt_files", "model", "versions", "coco", "id", "root", "manifest", "format", "clearing")
 
 _Json = dict[str, Any]
 
@@ -57,6 +57,7 @@ class Run:
       imported, imported_sha256: of imported labels: the file.
       coco: of imported labels: what the file has beside images and annotations.
       prompts: of labels made from prompts: their files and how they were read.
+      prompt_files: where those lay.
       class_records: COCO records of the classes that prompts named; None = see categories.
       format: FORMAT of the version that wrote the directory last.
       id: of the run: a directory that is labeled from the beginning gets a new one.
@@ -83,6 +84,7 @@ class Run:
     imported_sha256: str | None = None
     coco: _Json | None = None
     prompts: _Json | None = None
+    prompt_files: list[str] | None = None
     class_records: list[_Json] | None = None
     format: int = FORMAT
     id: str | None = None
@@ -120,7 +122,7 @@ class Run:
             raise ValueError(str(error)) from error
         if run.coco is not None and "categories" not in run.coco:
             raise ValueError("its coco has no categories")
-        category_ids(run.categories)
+        _ = run.category_ids
         return run
 
     def to_footer(self) -> str:
@@ -145,9 +147,9 @@ class Run:
         ]
 
     @property
-    def categories(self) -> list[_Json]:
-        """COCO records of the classes that masks may have."""
-        if self.class_records is not None:
+    def categories(self) -> list[_Json] | None:
+        """COCO records of the classes that masks may have; None = prompts in records have any."""
+        if self.class_records is not None or self.prompts is not None:
             return self.class_records
         if self.coco is None:
             return [OBJECT_CATEGORY]
@@ -155,9 +157,9 @@ class Run:
         return records
 
     @property
-    def category_ids(self) -> frozenset[int]:
-        """The ids of the categories."""
-        return category_ids(self.categories)
+    def category_ids(self) -> frozenset[int] | None:
+        """The ids of the categories; None = any."""
+        return None if self.categories is None else category_ids(self.categories)
 
     @property
     def read_config(self) -> ReadConfig:
@@ -183,7 +185,7 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("imported", "imported_sha256", "id", "manifest"), str),
     **dict.fromkeys(("amg", "names", "versions", "refined_from", "coco", "prompts"), dict),
     **dict.fromkeys(("chunk_size", "limit", "max_pixels", "format"), int),
-    "class_records": list,
+    **dict.fromkeys(("prompt_files", "class_records"), list),
     "clearing": bool,
 }
 

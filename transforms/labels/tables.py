@@ -65,8 +65,8 @@ class ChunkTables:
 
 
 @lru_cache(maxsize=4)
-def _limits(labels: str, data: bytes) -> tuple[int, frozenset[int]]:
-    """What run.json says of the rows: pixels that an image may have, and classes that masks may have.
+def _limits(labels: str, data: bytes) -> tuple[int, frozenset[int] | None]:
+    """What run.json says of the rows: pixels that an image may have, and classes that masks may have; None = any.
 
     By its content, since a directory may be labeled again.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -89,7 +90,7 @@ class Categories:
         return of_code, dict(sorted(self._name_of.items()))
 
 
-def to_records(categories: Mapping[int, str]) -> list[dict[str, object]]:
+def to_records(categories: Mapping[int, str]) -> list[dict[str, Any]]:
     """As run.json and COCO have them."""
     return [{"id": category_id, "name": name} for category_id, name in categories.items()]
 

@@ -21,7 +21,8 @@ def label_categories(labels: str) -> dict[int, str]:
       ValueError: it holds none.
       DamagedFile: its run.json is not what it should be.
     """
-    return {record["id"]: record.get("name", str(record["id"])) for record in read_run(labels).categories}
+    records = read_run(labels).categories or []
+    return {record["id"]: record.get("name", str(record["id"])) for record in records}
 
 
 def read_label_prompts(labels: str) -> Iterator[pa.RecordBatch]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from apache_beam.io.filesystems import FileSystems
 
 from maskbeam.transforms.files.local_copy import copy_once
 from maskbeam.transforms.files.paths import is_local
-from maskbeam.transforms.files.storage import replace_file
+from maskbeam.transforms.files.storage import delete_files, list_tree, replace_file
 from maskbeam.transforms.prompt_files.categories import Categories
 from maskbeam.transforms.prompt_files.config import PromptConfig
 from maskbeam.transforms.prompt_files.keys import with_stems
@@ -31,11 +33,6 @@ class FoundPrompts:
     source: PromptSource
     digest: str
 
-    def describe(self) -> dict[str, object]:
-        """For run.json."""
-        paths = [file.path for file in self.source.files]
-        return {"digest": self.digest, "format": self.source.format, "files": len(paths), "first": paths[0]}
-
 
 def identify_prompts(config: PromptConfig) -> FoundPrompts:
     """Finds the files and reads them once, for their digest.
@@ -48,26 +45,48 @@ def identify_prompts(config: PromptConfig) -> FoundPrompts:
     return FoundPrompts(source, digest_of(source, config))
 
 
-def publish_store(found: FoundPrompts, config: PromptConfig, output: str) -> StoreMeta:
-    """Builds the store into `<output>/_prompts/<digest>/`, unless an earlier start has.
+@contextlib.contextmanager
+def store_of(found: FoundPrompts, config: PromptConfig, output: str) -> Iterator[tuple[StoreMeta, Callable[[], None]]]:
+    """The store's figures, and what publishes it as `<output>/_prompts/<digest>/`, once the output is the run's.
+
+    A store that an earlier start has published is not built again.
 
     Raises:
       PromptFilesError: a file cannot be used.
-      OSError: it cannot be written.
+      OSError: it cannot be read or written.
     """
     target = store_path(output, found.digest)
     meta_path = FileSystems.join(target, META_FILE)
-    if FileSystems.exists(meta_path):
-        with FileSystems.open(meta_path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
-            return StoreMeta.read(file.read())
-    with tempfile.TemporaryDirectory(prefix="maskbeam-prompts-") as directory:
-        meta = build_store(found.source, config, Path(directory))
-        if is_local(target):
-            Path(target).mkdir(parents=True, exist_ok=True)
-        for name in STORE_FILES:  # meta.json is the last
-            with open(Path(directory, name), "rb") as local, replace_file(FileSystems.join(target, name)) as remote:
-                shutil.copyfileobj(local, remote, 2**24)
-    return meta
+    with tempfile.TemporaryDirectory(prefix="maskbeam-prompts-") as temporary:
+        directory = Path(temporary)
+        if FileSystems.exists(meta_path):
+            with FileSystems.open(meta_path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+                meta = StoreMeta.read(file.read())
+        else:
+            meta = build_store(found.source, config, directory)
+
+        def publish() -> None:
+            if FileSystems.exists(meta_path):
+                return
+            if not (directory / META_FILE).exists():  # the run that had it was overwritten
+                build_store(found.source, config, directory)
+            _upload(directory, target)
+
+        yield meta, publish
+
+
+def _upload(directory: Path, target: str) -> None:
+    if is_local(target):
+        Path(target).mkdir(parents=True, exist_ok=True)
+    for name in STORE_FILES:  # meta.json is the last
+        with open(directory / name, "rb") as local, replace_file(FileSystems.join(target, name)) as remote:
+            shutil.copyfileobj(local, remote, 2**24)
+
+
+def delete_stores(output: str) -> None:
+    """Deletes the prompt stores in an output directory, and nothing else."""
+    files = list_tree(FileSystems.join(output, PROMPTS_DIR))
+    delete_files([path for path in files if path.rpartition("/")[2] in STORE_FILES])
 
 
 def store_path(output: str, digest: str) -> str:

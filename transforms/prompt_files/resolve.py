@@ -12,15 +12,12 @@ import pyarrow as pa
 
 from maskbeam.transforms.formats.coco import segmentation_to_counts
 from maskbeam.transforms.images import ImageConfig
+from maskbeam.transforms.labeler import PromptError
 from maskbeam.transforms.prompt_files.config import PromptConfig
 from maskbeam.transforms.records import CATEGORY_OBJECT, Prompts
 
 # EXIF orientations that swap width and height.
 _TURNED = range(5, 9)
-
-
-class PromptError(ValueError):
-    """The prompts of an image are not for this image. The message says why and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +107,8 @@ def _scale(
 def _category_id(row: Mapping[str, Any], categories: Mapping[int, str], named: Mapping[str, int]) -> int:
     category_id, name = row.get("category_id"), row.get("category")
     if category_id is not None:
+        if categories and category_id not in categories:
+            raise ValueError(f"the class {category_id} is not among the {len(categories)} of --categories")
         return category_id
     if name is not None:  # of prompts in the record
         if name not in named:

@@ -50,6 +50,9 @@ COLUMNS = (
     *("category_id", "category", "score", "id", "width", "height"),
 )
 
+# What stands for a missing number in text.
+_NO_NUMBER = ("", "nan", "NaN")
+
 _INT32_MAX = 2**31 - 1
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -242,7 +245,7 @@ def _number(name: str, value: Any) -> float:
 
 def _whole(name: str, value: Any, least: int) -> int | None:
     """A whole number of 32 bits; what is missing in a column of pandas is NaN, and its numbers are floats."""
-    if value is None or (isinstance(value, float) and math.isnan(value)) or value == "":
+    if value is None or (isinstance(value, float) and math.isnan(value)) or value in _NO_NUMBER:
         return None
     number = _number(name, value)
     if not number.is_integer() or not least <= number <= _INT32_MAX:
@@ -251,7 +254,7 @@ def _whole(name: str, value: Any, least: int) -> int | None:
 
 
 def _score(value: Any) -> float | None:
-    if value is None or (isinstance(value, float) and math.isnan(value)) or value == "":
+    if value is None or (isinstance(value, float) and math.isnan(value)) or value in _NO_NUMBER:
         return None
     number = _number("score", value)
     if abs(number) > _FLOAT32_MAX:

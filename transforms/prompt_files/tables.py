@@ -23,7 +23,6 @@ _MAX_LINE_BYTES = 2**24
 _MAX_HEADER_BYTES = 2**16
 
 _CSV_BLOCK_BYTES = 2**22
-_CSV_NULLS = ["", "null", "NULL", "NaN", "nan", "NA", "None"]
 
 _BOX_COLUMNS = (("bbox",), ("xmin", "ymin", "xmax", "ymax"), ("x", "y", "w", "h"))
 
@@ -71,7 +70,7 @@ def read_csv_prompts(file: io.BufferedReader, bbox_format: str | None) -> Iterat
         convert_options=pacsv.ConvertOptions(
             column_types={name: pa.string() for name in names},
             include_columns=[name for name in names if name in COLUMNS],
-            null_values=_CSV_NULLS,
+            null_values=[""],
             strings_can_be_null=True,
             quoted_strings_can_be_null=True,
         ),

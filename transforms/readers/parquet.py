@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -11,10 +12,13 @@ import pyarrow as pa
 from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.files.parquet_file import checked_row_groups, open_parquet
 from maskbeam.transforms.files.streams import allowed_inflation, describe_bomb
+from maskbeam.transforms.prompt_files.in_record import OBJECTS_COLUMN, RecordPrompts
 from maskbeam.transforms.readers.samples import MAX_IMAGE_BYTES, ReadConfig, Sample, as_text
 
 
-def read_parquet(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
+def read_parquet(
+    source: io.BufferedReader, config: ReadConfig, prompts: RecordPrompts | None = None
+) -> Iterator[Sample]:
     """The rows of a Parquet file with a column of encoded images."""
     num_bytes = source.seek(0, io.SEEK_END)
     table = open_parquet(source)
@@ -27,6 +31,9 @@ def read_parquet(source: io.BufferedReader, config: ReadConfig) -> Iterator[Samp
     key = next((name for name in config.parquet_key if name in flat), None)
     file_name = next((name for name in config.parquet_file_name if name in flat), None)
     columns = _columns_to_read(schema, image, key, file_name)
+    if prompts is not None:
+        leaves = [table.schema.column(index).path for index in range(len(table.schema))]
+        columns += [leaf for leaf in leaves if leaf.partition(".")[0] == OBJECTS_COLUMN]
     num_rows = table.metadata.num_rows
     # Not of its columns: asking a damaged file for those ends the process (pyarrow 25).
     inflated = sum(table.metadata.row_group(index).total_byte_size for index in range(table.num_row_groups))
@@ -49,6 +56,8 @@ def read_parquet(source: io.BufferedReader, config: ReadConfig) -> Iterator[Samp
                 continue
             for values in rows:
                 sample = _parse_row(values, image, key, file_name)
+                if prompts is not None and OBJECTS_COLUMN in values:
+                    sample = replace(sample, prompts=prompts.of_objects(values[OBJECTS_COLUMN]))
                 given_bytes += len(sample.data)
                 if given_bytes > allowed_inflation(num_bytes):  # one value of a dictionary can be that of many rows
                     raise ValueError(describe_bomb(given_bytes, num_bytes))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+import pyarrow as pa
+
 from maskbeam.transforms.records import (
     NO_ANNOTATIONS,
     Annotations,
@@ -65,6 +67,7 @@ class Sample:
     file_name: str | None = None
     reason: str | None = None
     annotations: Annotations = NO_ANNOTATIONS
+    prompts: pa.RecordBatch | None = None
 
 
 def as_text(value: Any) -> str | None:

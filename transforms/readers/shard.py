@@ -5,14 +5,15 @@ A broken file never raises: it gives the images that can be had, and a failed on
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.files.outage import StoreUnavailable, is_out
 from maskbeam.transforms.files.paths import relative_path
 from maskbeam.transforms.files.streams import open_file, read_up_to
+from maskbeam.transforms.prompt_files.in_record import RecordPrompts
 from maskbeam.transforms.readers.parquet import read_parquet
 from maskbeam.transforms.readers.samples import MAX_IMAGE_BYTES, ReadConfig, Sample
 from maskbeam.transforms.readers.tar import read_tar
@@ -33,13 +34,16 @@ MAX_NAME = 2**20
 MAX_REASON = 1000
 
 
-def read_images(shard: Shard, config: ReadConfig, root: str) -> Iterator[EncodedImage]:
+def read_images(
+    shard: Shard, config: ReadConfig, root: str, prompts: RecordPrompts | None = None
+) -> Iterator[EncodedImage]:
     """The images of a shard in the order of its rows. Raises nothing, whatever the files hold.
 
     Args:
       shard: what to read; no more than its max_images are given, and no more is read than they need.
       config: names of features and columns.
       root: directory that image ids are relative to.
+      prompts: how the prompts in the records are read; None = they are not.
     """
     samples: Iterable[Sample]
     image_ids: Iterable[str]
@@ -47,7 +51,7 @@ def read_images(shard: Shard, config: ReadConfig, root: str) -> Iterator[Encoded
         samples = map(read_loose, shard.files)
         image_ids = (relative_path(file.path, root) for file in shard.files)
     else:
-        samples = read_container(shard.files[0], READERS[shard.format], config)
+        samples = read_container(shard.files[0], partial(READERS[shard.format], prompts=prompts), config)
         image_ids = (f"{relative_path(shard.path, root)}#{row}" for row in itertools.count())
     rows: Iterable[int | None] = itertools.repeat(None) if shard.format == "image" else itertools.count()
     for found, image_id, row in zip(itertools.islice(samples, shard.max_images), image_ids, rows, strict=False):
@@ -55,7 +59,14 @@ def read_images(shard: Shard, config: ReadConfig, root: str) -> Iterator[Encoded
         reason = sample.reason or (None if sample.data else "the image has no bytes")
         failure = Failure("read", printable(reason)[:MAX_REASON]) if reason else None
         yield EncodedImage(
-            escape_name(image_id), row, sample.key, sample.file_name, sample.data, failure, sample.annotations
+            escape_name(image_id),
+            row,
+            sample.key,
+            sample.file_name,
+            sample.data,
+            failure,
+            sample.annotations,
+            sample.prompts,
         )
 
 
@@ -82,7 +93,7 @@ def read_loose(file: SourceFile) -> Sample:
     return Sample(data, file_name=name) if len(data) <= MAX_IMAGE_BYTES else too_large
 
 
-Reader = Callable[[io.BufferedReader, ReadConfig], Iterator[Sample]]
+Reader = Callable[..., Iterator[Sample]]  # (io.BufferedReader, ReadConfig, prompts=RecordPrompts | None)
 
 
 def read_container(file: SourceFile, reader: Reader, config: ReadConfig) -> Iterator[Sample]:

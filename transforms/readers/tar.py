@@ -11,9 +11,12 @@ from dataclasses import replace
 from functools import partial
 from typing import IO
 
+import pyarrow as pa
+
 from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.files.streams import decompress, read_up_to
 from maskbeam.transforms.images import has_image_extension
+from maskbeam.transforms.prompt_files.in_record import JSON_SUFFIX, RecordPrompts
 from maskbeam.transforms.readers.samples import MAX_IMAGE_BYTES, ReadConfig, Sample
 from maskbeam.transforms.records import (
     NO_ANNOTATIONS,
@@ -90,7 +93,7 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
 
-def read_tar(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
+def read_tar(source: io.BufferedReader, config: ReadConfig, prompts: RecordPrompts | None = None) -> Iterator[Sample]:
     """The samples of a WebDataset, or of any tar of images.
 
     Consecutive members with the same path up to the first dot of the base name are one sample, that path is its key.
@@ -106,10 +109,10 @@ def read_tar(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
         errors="surrogateescape",
     ) as tar:
         last_name: str | None = None
-        photos = _PhotosOfSample("")
+        photos = _PhotosOfSample("", prompts)
         try:
             for key, members in itertools.groupby(_tar_members(tar), lambda member: webdataset_key(member.name)):
-                photos = _PhotosOfSample(key)
+                photos = _PhotosOfSample(key, prompts)
                 for member in members:
                     last_name = member.name
                     yield from photos.add(member, partial(_read_member, tar, member, key))
@@ -129,8 +132,10 @@ class _PhotosOfSample:
     are counted and named with the photo. Without one, as of 2024.01.01.jpg and 2024.01.02.jpg, each is a row.
     """
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, prompts: RecordPrompts | None) -> None:
         self._key = key
+        self._read_prompts = prompts
+        self._prompts: pa.RecordBatch | None = None
         self._names: list[str] = []  # of the first members, for people
         self._photo: Sample | None = None  # not given yet: more annotations of it may come
         self._held: list[tuple[str, Sample]] = []  # may turn out to be annotations
@@ -143,6 +148,9 @@ class _PhotosOfSample:
         """The images that are known to be rows now that this member has come."""
         if len(self._names) < _MEMBERS_NAMED:
             self._names.append(member.name)
+        if self._read_prompts is not None and member.isreg() and member.name == f"{self._key}.{JSON_SUFFIX}":
+            self._prompts = self._read_prompts.of_json(read().data)
+            return []
         if not member.isreg() or not has_image_extension(member.name):
             return []
         self._any = True
@@ -176,6 +184,8 @@ class _PhotosOfSample:
         rows = [sample for _, sample in self._held]
         if self._photo:
             rows = [replace(self._photo, annotations=self._annotations)]
+        if self._prompts is not None:
+            rows = [replace(row, prompts=self._prompts) for row in rows]
         self._held, self._photo, self._annotations = [], None, NO_ANNOTATIONS
         return rows
 

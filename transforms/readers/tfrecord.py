@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import google_crc32c
@@ -12,14 +12,17 @@ import google_crc32c
 from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.files.streams import decompress, read_up_to
 from maskbeam.transforms.native_stderr import native_stderr_silenced
+from maskbeam.transforms.prompt_files.in_record import RecordPrompts
 from maskbeam.transforms.readers.samples import MAX_IMAGE_BYTES, ReadConfig, Sample, as_text
 
 
-def read_tfrecord(source: io.BufferedReader, config: ReadConfig) -> Iterator[Sample]:
+def read_tfrecord(
+    source: io.BufferedReader, config: ReadConfig, prompts: RecordPrompts | None = None
+) -> Iterator[Sample]:
     """The tf.train.Examples of a TFRecord file."""
     for offset, record, intact in tfrecord_records(source):
         if intact:
-            yield parse_example(record, config)
+            yield parse_example(record, config, prompts)
         else:
             yield Sample(reason=f"the record at byte {offset} is damaged: its checksum is wrong")
 
@@ -74,7 +77,7 @@ def _tensorflow() -> Any:
     return tensorflow
 
 
-def parse_example(record: bytes, config: ReadConfig) -> Sample:
+def parse_example(record: bytes, config: ReadConfig, prompts: RecordPrompts | None = None) -> Sample:
     """The image of a serialized tf.train.Example."""
     example = _tensorflow().train.Example  # outside the try: a missing package is no fault of the record
     try:
@@ -82,11 +85,14 @@ def parse_example(record: bytes, config: ReadConfig) -> Sample:
     except Exception:  # protobuf's DecodeError
         return Sample(reason=f"the record is no tf.train.Example; it begins with {record[:16]!r}")
 
+    def values_of(name: str) -> Sequence[Any]:
+        # `in` first: asking the map for a name it lacks would add it.
+        kind = features[name].WhichOneof("kind") if name in features else None
+        return getattr(features[name], kind).value if kind else ()
+
     def first(names: tuple[str, ...]) -> str | None:
         for name in names:
-            # `in` first: asking the map for a name it lacks would add it.
-            kind = features[name].WhichOneof("kind") if name in features else None
-            values = getattr(features[name], kind).value if kind else ()
+            values = values_of(name)
             if values and (text := as_text(values[0])):
                 return text
         return None
@@ -94,7 +100,8 @@ def parse_example(record: bytes, config: ReadConfig) -> Sample:
     key, file_name = first(config.tfrecord_key), first(config.tfrecord_file_name)
     for name in config.tfrecord_image:
         if name in features and features[name].bytes_list.value:
-            return Sample(features[name].bytes_list.value[0], key, file_name)
+            rows = None if prompts is None else prompts.of_example(values_of)
+            return Sample(features[name].bytes_list.value[0], key, file_name, prompts=rows)
     found = ", ".join(f"{name} ({features[name].WhichOneof('kind')})" for name in sorted(features)) or "none"
     return Sample(
         key=key,

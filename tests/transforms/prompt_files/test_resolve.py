@@ -9,10 +9,11 @@ import pyarrow as pa
 import pytest
 
 from maskbeam.transforms.images import ImageConfig
+from maskbeam.transforms.labeler import PromptError
 from maskbeam.transforms.masks import rle
 from maskbeam.transforms.prompt_files.config import PromptConfig
 from maskbeam.transforms.prompt_files.keys import names_of, with_stems
-from maskbeam.transforms.prompt_files.resolve import PromptError, Resolved, above_score, resolve
+from maskbeam.transforms.prompt_files.resolve import Resolved, above_score, resolve
 from maskbeam.transforms.prompt_files.rows import make_batch
 from maskbeam.transforms.records import EncodedImage
 
