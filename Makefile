@@ -22,10 +22,16 @@ define pip_install
 		code=$$?; mv -f $(VENV)/unfinished $(VENV)/installed; exit $$code
 endef
 
-.PHONY: help environment install demo test lint format bench soak
+.PHONY: help environment install demo check test test-clients test-engines lint format bench soak
+
+# Tests at once. Whoever has more cores gives more: make test WORKERS=8. worksteal keeps a module's tests together until
+# a worker has none left, so most of what tests of a module share is made once.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+EVERYDAY := not (processes or browser or model or slow or clients or engines)
 
 help:  ## show this
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 install: $(VENV)/installed  ## create .venv and install maskbeam into it
 
@@ -53,12 +59,26 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: install  ## label the shipped photos with the embedded model and draw the masks, into demo/
 	$(BIN)/maskbeam demo --output demo
 
-test: $(VENV)/installed-dev  ## run the tests, the model's on both backends: half an hour on 2 cores
-	@echo "Running all tests, then the model's on JAX, whatever the first say. It takes half an hour on 2 cores."
+check: $(VENV)/installed-dev  ## style, types and the everyday tests
+	@echo "Running ruff, mypy and the tests that need no process, browser or network of Keras. It takes minutes."
+	@trap 'exit 130' INT TERM; \
+	{ $(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check . && $(BIN)/mypy; } > $(VENV)/checked 2>&1 & lint=$$!; \
+	tests=passed; $(PYTEST) -m "$(EVERYDAY)" || tests="FAILED (exit code $$?)"; \
+	types=passed; wait $$lint || types="FAILED (exit code $$?)"; cat $(VENV)/checked; \
+	echo "everyday tests: $$tests"; echo "style and types: $$types"; [ "$$tests $$types" = "passed passed" ]
+
+test: $(VENV)/installed-dev  ## run the product's tests, the model's on both backends: half an hour at most on 2 cores
+	@echo "Running the product's tests, then the model's on JAX, whatever the first say. It takes half an hour at most on 2 cores."
 	@trap 'exit 130' INT TERM; all=passed; jax=passed; \
-	$(BIN)/python -m pytest -q || all="FAILED (exit code $$?)"; \
-	KERAS_BACKEND=jax $(BIN)/python -m pytest -q tests/transforms/models || jax="FAILED (exit code $$?)"; \
+	$(PYTEST) -m "not (clients or engines)" || all="FAILED (exit code $$?)"; \
+	KERAS_BACKEND=jax $(PYTEST) tests/transforms/models || jax="FAILED (exit code $$?)"; \
 	echo "all tests: $$all"; echo "the model's tests on JAX: $$jax"; [ "$$all $$jax" = "passed passed" ]
+
+test-clients: $(VENV)/installed-dev  ## read the output with other programs: pandas, DuckDB, datasets, pycocotools
+	$(BIN)/python -m pytest -q -m clients
+
+test-engines: $(VENV)/installed-dev  ## run the pipeline on other engines: Beam's portable runner, Dataflow's stub
+	$(BIN)/python -m pytest -q -m engines
 
 lint: $(VENV)/installed-dev  ## check style and types
 	$(BIN)/ruff check .

@@ -32,6 +32,9 @@ EVENT_SECONDS = 600.0
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
+# What `make check` leaves out: pyproject.toml says why. Other tests are the everyday ones.
+OTHER_MARKERS = ("processes", "browser", "model", "slow", "clients", "engines")
+
 # A small grid, and thresholds that some of FakeSam's masks pass and some do not.
 SMALL_GRID = ["--points_per_side", "4", "--pred_iou_thresh", "0.75", "--stability_score_thresh", "0.85"]
 

@@ -141,6 +141,7 @@ def test_every_module_is_about_something() -> None:
     assert not names & {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 
 
+@pytest.mark.processes
 def test_the_import_name_is_maskbeam() -> None:
     """Never the names of the folders, which a user's own project may have: a module would be loaded twice, too."""
     assert not [found for found in imports_in(*PRODUCT, *AROUND) if found.package in PRODUCT]

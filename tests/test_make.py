@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.conftest import OTHER_MARKERS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -42,8 +44,10 @@ sys.exit(3 if call in os.environ.get("FAIL", "").split(";") else 0)
 
 INSTALL = "pip install --editable ."
 INSTALL_DEV = "pip install --editable .[dev]"
-TEST = "pytest -q"
-TEST_JAX = "pytest -q tests/transforms/models jax"
+PYTEST = "pytest -q -n 2 --dist worksteal"
+TEST = f"{PYTEST} -m not (clients or engines)"
+TEST_JAX = f"{PYTEST} tests/transforms/models jax"
+CHECK = f"{PYTEST} -m not (processes or browser or model or slow or clients or engines)"
 
 
 class Project:
@@ -255,3 +259,33 @@ def test_both_halves_run_and_the_end_says_which_failed(project: Project, failing
         for name, call in (("all tests", TEST), ("the model's tests on JAX", TEST_JAX))
     ]
     assert "It takes" in done.stdout
+
+
+@pytest.mark.parametrize("failing", [(), (CHECK,), ("ruff",), ("mypy",), (CHECK, "ruff")])
+def test_check_runs_tests_style_and_types_whatever_fails(project: Project, failing: tuple[str, ...]) -> None:
+    project.make("install")
+    for tool in ("ruff", "mypy"):
+        program = project.venv / "bin" / tool
+        program.write_text(f"#!/bin/sh\necho {tool} ran; exit {int(tool in failing)}\n")
+        program.chmod(0o755)
+    project.calls()
+    done = project.make("check", FAIL=";".join(failing))
+    assert project.calls() == [INSTALL_DEV, CHECK]
+    assert "ruff ran" in done.stdout and ("mypy ran" in done.stdout) == ("ruff" not in failing)
+    assert done.stdout.splitlines()[-2:] == [
+        f"everyday tests: {'FAILED (exit code 3)' if CHECK in failing else 'passed'}",
+        f"style and types: {'FAILED (exit code 1)' if {'ruff', 'mypy'} & set(failing) else 'passed'}",
+    ]
+    assert (done.returncode == 0) == (not failing)
+
+
+def test_everyday_tests_are_those_without_a_marker(project: Project) -> None:
+    names = re.search(r"EVERYDAY := not \((.*)\)", (ROOT / "Makefile").read_text())
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    assert names and names[1].split(" or ") == list(OTHER_MARKERS) == [text.partition(":")[0] for text in declared]
+
+
+@pytest.mark.parametrize(("target", "marker"), [("test-clients", "clients"), ("test-engines", "engines")])
+def test_what_other_programs_and_engines_do_is_tested_by_itself(project: Project, target: str, marker: str) -> None:
+    assert project.make(target).returncode == 0
+    assert project.calls() == [INSTALL, INSTALL_DEV, f"pytest -q -m {marker}"]

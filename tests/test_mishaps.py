@@ -83,6 +83,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.processes
 def test_a_full_disk_is_told_and_what_is_committed_stays(
     small_disk: Path, photos: Path, undisturbed: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +115,7 @@ def run_on_a_full_disk(small_disk: Path, command: Callable[[], int], step: int) 
             return
 
 
+@pytest.mark.processes
 def test_label_goes_on_once_there_is_space(small_disk: Path, photos: Path, undisturbed: Any) -> None:
     output = small_disk / "labels"
     for _ in run_on_a_full_disk(small_disk, lambda: start(photos, output), 2**14):
@@ -121,6 +123,7 @@ def test_label_goes_on_once_there_is_space(small_disk: Path, photos: Path, undis
         shutil.rmtree(output)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("form", ["coco", "sa1b", "yolo", "png"])
 def test_export_goes_on_once_there_is_space(small_disk: Path, photos: Path, tmp_path: Path, form: str) -> None:
     assert start(photos, tmp_path / "labels", "--max_masks", "3") == 0  # twice the export must fit
@@ -138,6 +141,7 @@ def content_of(path: Path) -> dict[str, bytes]:
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("command", ["refine", "import"])
 def test_refine_and_import_go_on_once_there_is_space(
     small_disk: Path, photos: Path, tmp_path: Path, command: str
@@ -153,6 +157,7 @@ def test_refine_and_import_go_on_once_there_is_space(
 
 
 @pytest.mark.processes
+@pytest.mark.processes
 def test_a_full_disk_is_one_line_from_worker_processes_too(
     small_disk: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +167,7 @@ def test_a_full_disk_is_one_line_from_worker_processes_too(
     one_line(capsys.readouterr().err, "cannot write the chunk", "No space left on device")
 
 
+@pytest.mark.processes
 def test_a_disk_that_is_full_from_the_start_is_a_usage_error(small_disk: Path, photos: Path) -> None:
     fill(small_disk)
     with pytest.raises(UsageError, match=r"cannot write to --output .*run\.json.*No space left on device"):

@@ -25,7 +25,10 @@ from training.sam_tiny.network import ABSENT, BACKGROUND, BOTTOM_RIGHT, FOREGROU
 from training.sam_tiny.photos import Photo
 from training.sam_tiny.scenes import Scene, paste, place
 
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="training runs on TensorFlow")
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="training runs on TensorFlow"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,10 @@ from training.sam_tiny.finish import write_preset
 from training.sam_tiny.losses import pair_losses
 from training.synthetic import make_synthetic
 
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="training runs on TensorFlow")
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="training runs on TensorFlow"),
+]
 
 H = scenes.FRAME // 2
 

@@ -195,6 +195,7 @@ def test_labels_without_masks_are_files_without_annotations(tmp_path: Path) -> N
         assert export(labels, form, tmp_path / form) == 0
 
 
+@pytest.mark.clients
 def test_duckdb_and_hugging_face_datasets_load_the_tables_as_the_readme_says(
     labeled: Labeled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

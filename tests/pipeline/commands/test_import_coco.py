@@ -119,6 +119,7 @@ def test_the_labels_are_like_those_of_label(source: Path, output: Path) -> None:
     assert not (output / "_tmp").exists()
 
 
+@pytest.mark.clients
 def test_duckdb_reads_the_original_ids(source: Path, output: Path) -> None:
     assert run_import(source, output) == 0
     query = f"SELECT CAST(coco->>'id' AS BIGINT) FROM '{output}/annotations/*.parquet' ORDER BY mask_index"

@@ -566,6 +566,7 @@ def check_masks(rows: list[dict[str, Any]], labeled: Path) -> None:
         assert mask.shape == (48, 64) and mask.sum() == row["area"]
 
 
+@pytest.mark.clients
 def test_pandas_reads_it(labeled: Path) -> None:
     pandas = pytest.importorskip("pandas")
     check_masks(pandas.read_parquet(labeled / "annotations").to_dict("records"), labeled)
@@ -573,6 +574,7 @@ def test_pandas_reads_it(labeled: Path) -> None:
     assert images["status"].value_counts().to_dict() == {"labeled": 6, "failed": 1}
 
 
+@pytest.mark.clients
 def test_duckdb_reads_it(labeled: Path) -> None:
     duckdb = pytest.importorskip("duckdb")
     joined = duckdb.sql(
@@ -582,6 +584,7 @@ def test_duckdb_reads_it(labeled: Path) -> None:
     check_masks([dict(zip(names, row, strict=True)) for row in joined.fetchall()], labeled)
 
 
+@pytest.mark.clients
 @pytest.mark.parametrize(("name", "num_rows"), [("images", 7), ("annotations", None)])
 def test_hugging_face_datasets_reads_it(labeled: Path, tmp_path: Path, name: str, num_rows: int | None) -> None:
     datasets = pytest.importorskip("datasets")

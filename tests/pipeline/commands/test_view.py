@@ -520,11 +520,13 @@ def sample_centres(picture: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
     return picture[np.ix_(rows, columns)]
 
 
+@pytest.mark.browser
 def test_every_page_names_the_labels_and_their_model(report: Path, open_page: Callable[..., Page]) -> None:
     page = open_page(report)
     assert page.locator("#labels").inner_text() == f"{report.parent / 'labels'}, model sam_tiny"
 
 
+@pytest.mark.browser
 def test_rle_is_decoded_as_pycocotools_does(report: Path, open_page: Callable[..., Page]) -> None:
     page = open_page(report)
     random = np.random.default_rng(0)
@@ -547,11 +549,13 @@ def test_rle_is_decoded_as_pycocotools_does(report: Path, open_page: Callable[..
         np.testing.assert_array_equal(actual, mask)
 
 
+@pytest.mark.browser
 def test_colours_are_those_of_the_thumbnails(report: Path, open_page: Callable[..., Page]) -> None:
     colors = open_page(report).evaluate("Array.from({length: 200}, (_, index) => maskbeam.maskColor(index))")
     assert colors == [mask_color(index).tolist() for index in range(200)]
 
 
+@pytest.mark.browser
 def test_masks_are_drawn(labeled: Path, report: Path, open_page: Callable[..., Page]) -> None:
     page = open_page(report, "#/image/1.png")
     rows = rows_of(labeled / "labels", "1.png")
@@ -571,6 +575,7 @@ def test_masks_are_drawn(labeled: Path, report: Path, open_page: Callable[..., P
     assert set(centres[..., 3].ravel().tolist()) <= {0, 115, 255}
 
 
+@pytest.mark.browser
 def test_opacity_and_outlines(report: Path, open_page: Callable[..., Page]) -> None:
     page = open_page(report, "#/image/1.png")
     drawn(page)
@@ -585,6 +590,7 @@ def test_opacity_and_outlines(report: Path, open_page: Callable[..., Page]) -> N
     assert set(np.unique(drawn(page)[..., 3])) == {0, 255}
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("name", ["predicted_iou", "stability_score", "min_area", "max_area"])
 def test_sliders_hide_and_show_masks_at_once(
     labeled: Path, report: Path, open_page: Callable[..., Page], name: str
@@ -612,6 +618,7 @@ def test_sliders_hide_and_show_masks_at_once(
     np.testing.assert_array_equal(drawn(page), everything)
 
 
+@pytest.mark.browser
 def test_unknown_scores_are_hidden_only_if_asked(tmp_path: Path, open_page: Callable[..., Page]) -> None:
     """Imported results have a predicted IoU, their score, and no stability; annotations have neither."""
     image = {"id": 7, "file_name": "1.png", "width": 64, "height": 48}
@@ -639,6 +646,7 @@ def test_unknown_scores_are_hidden_only_if_asked(tmp_path: Path, open_page: Call
         assert page.inner_text("#num-shown") == "1 of 1 mask shown"
 
 
+@pytest.mark.browser
 def test_a_mask_under_the_pointer_tells_its_scores(labeled: Path, report: Path, open_page: Callable[..., Page]) -> None:
     page = open_page(report, "#/image/1.png")
     drawn(page)
@@ -668,6 +676,7 @@ def test_a_mask_under_the_pointer_tells_its_scores(labeled: Path, report: Path, 
         assert f"Mask {index}" in page.inner_text("#chosen")
 
 
+@pytest.mark.browser
 def test_everything_by_keyboard(report: Path, open_page: Callable[..., Page]) -> None:
     page = open_page(report)
 
@@ -705,6 +714,7 @@ def test_everything_by_keyboard(report: Path, open_page: Callable[..., Page]) ->
     assert not page.locator("#keys").is_visible()
 
 
+@pytest.mark.browser
 def test_arrows_move_sliders_not_images(report: Path, open_page: Callable[..., Page]) -> None:
     page = open_page(report, "#/image/1.png")
     drawn(page)
@@ -713,6 +723,7 @@ def test_arrows_move_sliders_not_images(report: Path, open_page: Callable[..., P
     assert page.input_value("#opacity") == "0.5" and page.evaluate("location.hash") == "#/image/1.png"
 
 
+@pytest.mark.browser
 def test_gallery_sorts_filters_and_finds(labeled: Path, report: Path, open_page: Callable[..., Page]) -> None:
     page = open_page(report)
     assert tile_ids(page) == ALL
@@ -739,6 +750,7 @@ def test_gallery_sorts_filters_and_finds(labeled: Path, report: Path, open_page:
     page.wait_for_selector("#no-tiles:visible")
 
 
+@pytest.mark.browser
 def test_next_follows_the_order_of_the_gallery(labeled: Path, report: Path, open_page: Callable[..., Page]) -> None:
     page = open_page(report, "#/?sort=most&show=labeled")
     ids = tile_ids(page)
@@ -750,6 +762,7 @@ def test_next_follows_the_order_of_the_gallery(labeled: Path, report: Path, open
     assert page.inner_text("#image-title") == ids[-1] and page.get_attribute("#next", "href") is None
 
 
+@pytest.mark.browser
 def test_links_to_images_and_back(report: Path, open_page: Callable[..., Page]) -> None:
     page = open_page(report, "#/image/2.png")
     assert page.inner_text("#image-title") == "2.png" and page.title() == "2.png - maskbeam"
@@ -761,6 +774,7 @@ def test_links_to_images_and_back(report: Path, open_page: Callable[..., Page]) 
     page.wait_for_selector(".tiles li")
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("image_id", [MISSING, CHANGED])
 def test_masks_without_their_photo(labeled: Path, report: Path, open_page: Callable[..., Page], image_id: str) -> None:
     page = open_page(report, f"#/image/{image_id}")
@@ -770,6 +784,7 @@ def test_masks_without_their_photo(labeled: Path, report: Path, open_page: Calla
     assert "The photo" in page.inner_text("#notice")
 
 
+@pytest.mark.browser
 def test_failed_images_have_their_reasons(labeled: Path, report: Path, open_page: Callable[..., Page]) -> None:
     row = next(row for row in read_labels(labeled / "labels").images if row["image_id"] == BROKEN)
     page = open_page(report, "#/failed")
@@ -780,6 +795,7 @@ def test_failed_images_have_their_reasons(labeled: Path, report: Path, open_page
     assert row["error"] in page.inner_text("#notice") and not page.locator("#stage").is_visible()
 
 
+@pytest.mark.browser
 def test_statistics_say_what_they_show(labeled: Path, report: Path, open_page: Callable[..., Page]) -> None:
     page = open_page(report, "#/statistics")
     images = pandas.read_parquet(labeled / "labels/images")
@@ -804,6 +820,7 @@ def test_statistics_say_what_they_show(labeled: Path, report: Path, open_page: C
     np.testing.assert_allclose(np.array(heights) / heights[0], filled / filled[0], rtol=1e-6)
 
 
+@pytest.mark.browser
 def test_other_peoples_names_are_text(report: Path, open_page: Callable[..., Page]) -> None:
     """Everything that faults is caught by open_page; here it is shown as it is."""
     page = open_page(report)
@@ -816,6 +833,7 @@ def test_other_peoples_names_are_text(report: Path, open_page: Callable[..., Pag
     assert page.inner_text("#image-title") == HOSTILE
 
 
+@pytest.mark.browser
 def test_hostile_errors_are_text(labeled: Path, tmp_path: Path, open_page: Callable[..., Page]) -> None:
     labels = shutil.copytree(labeled / "labels", tmp_path / "labels")
     reason = "</script><script>alert(2)</script>\u2028<img src=x onerror=alert(3)>"
@@ -831,6 +849,7 @@ def test_hostile_errors_are_text(labeled: Path, tmp_path: Path, open_page: Calla
     assert page.locator("#notice").text_content() == f"Failed to decode: {reason}"
 
 
+@pytest.mark.browser
 def test_rank_and_parent_are_shown(labeled: Path, tmp_path: Path, open_page: Callable[..., Page]) -> None:
     labels = shutil.copytree(labeled / "labels", tmp_path / "labels")
     for path in (labels / "annotations").iterdir():
@@ -849,6 +868,7 @@ def test_rank_and_parent_are_shown(labeled: Path, tmp_path: Path, open_page: Cal
     assert page.locator("#chosen dd").all_inner_texts()[3:] == ["1", "0"]
 
 
+@pytest.mark.browser
 def test_many_images_come_in_pages(tmp_path: Path, report: Path, open_page: Callable[..., Page]) -> None:
     """The index alone, with 10,000 lines: the pictures of the first page only are looked for."""
     many = shutil.copytree(report, tmp_path / "many")
@@ -869,6 +889,7 @@ def test_many_images_come_in_pages(tmp_path: Path, report: Path, open_page: Call
     assert tile_ids(page)[0] == "777.png"
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(report: Path, open_page: Callable[..., Page], scheme: str) -> None:
     axe = Path(axe_base.__file__).with_name("axe.min.js").read_text()
@@ -889,6 +910,7 @@ def test_axe_finds_nothing(report: Path, open_page: Callable[..., Page], scheme:
     assert page.evaluate("axe.run({preload: false}).then((result) => result.violations.map((found) => found.id))") == []
 
 
+@pytest.mark.browser
 def test_the_theme_follows_the_system_until_it_is_chosen(report: Path, open_page: Callable[..., Page]) -> None:
     def lightness(page: Page) -> float:
         color = page.evaluate("getComputedStyle(document.body).backgroundColor")

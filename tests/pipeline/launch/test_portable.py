@@ -19,7 +19,7 @@ import pytest
 from maskbeam.pipeline.cli import main
 from tests.conftest import EVENT_SECONDS, read_labels, wait_until, write_photos
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.engines]
 
 ROOT = Path(__file__).parents[3]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "maskbeam", "pipeline", "transforms")

@@ -18,6 +18,8 @@ from maskbeam.transforms.models.sam.conv_encoder import _SETTINGS, encode_image,
 from maskbeam.transforms.models.sam.model import Sam, load_sam
 from maskbeam.transforms.presets.embedded import PresetError
 
+pytestmark = pytest.mark.model
+
 FRAME, STRIDE, CHANNELS = 96, 16, 16
 GRID = FRAME // STRIDE
 SCALE, OFFSET = [2.0, 1.5, 1.8], [-1.0, -0.5, -0.7]

@@ -155,6 +155,8 @@ def test_jax_programs_are_kept_for_the_next_process(tmp_path: Path) -> None:
     program = f"""
 import numpy as np
 from maskbeam.transforms.models.sam.model import load_sam
+
+pytestmark = pytest.mark.model
 load_sam({str(PRESET)!r}).embed(np.zeros((128, 128, 3), np.uint8), (128, 128))
 """
     environment = {**os.environ, "KERAS_BACKEND": "jax", "HOME": str(tmp_path)}

@@ -15,6 +15,8 @@ from keras import ops
 from maskbeam.transforms.models.backend import Programs
 from maskbeam.transforms.models.sam.model import Sam, load_sam
 
+pytestmark = pytest.mark.model
+
 PRESET = Path(__file__).parents[2] / "golden" / "sam_128"
 FRAME_SIZE = 128
 LOW_SIZE = 64

@@ -133,6 +133,8 @@ def test_a_wrong_model_ends_the_program_without_importing_keras(tmp_path: Path) 
     program = """
 import sys
 from maskbeam.pipeline.cli import main
+
+pytestmark = pytest.mark.model
 code = main(sys.argv[1:])
 print(sorted({"keras", "keras_hub", "tensorflow", "jax"} & set(sys.modules)), code)
 """
