@@ -28,9 +28,8 @@ import numpy as np
 
 from benchmarks.machine import describe_machine, print_machine, set_environment
 from maskbeam.pipeline.commands.refine import parse_refine, run_refine
-from maskbeam.transforms.files.storage import write_json
 from maskbeam.transforms.labels.commit import commit_chunk
-from maskbeam.transforms.labels.layout import RUN_FILE
+from maskbeam.transforms.labels.run_file import Run, write_run
 from maskbeam.transforms.masks import rle
 from maskbeam.transforms.masks.amg import AmgConfig
 from maskbeam.transforms.records import (
@@ -97,8 +96,8 @@ def measure(labels: Path, output: Path, flags: list[str]) -> dict[str, Any]:
 
 def write_labels(output: Path, images: int) -> None:
     """Labels without masks, as `label --keep_candidates` would write them."""
-    run = {"root": "/", "model_fingerprint": "none", "amg": asdict(CONFIG), "versions": {}}
-    write_json(str(output / RUN_FILE), run)
+    run = Run(root="/", model_fingerprint="none", amg=asdict(CONFIG))
+    write_run(str(output), run)
     drawn = [tuple(draw_candidates(seed)) for seed in range(CHUNK_SIZE)]
     shard = Shard("synthetic.tar", "/synthetic.tar", "tar", ())
     for index, first in enumerate(range(0, images, CHUNK_SIZE)):
@@ -116,7 +115,7 @@ def write_labels(output: Path, images: int) -> None:
             for row in range(first, min(first + CHUNK_SIZE, images))
         )
         final = first + CHUNK_SIZE >= images
-        commit_chunk(LabeledChunk(shard, index, chunk, final, "digest", keep_candidates=True), str(output), run)
+        commit_chunk(LabeledChunk.of(shard, index, chunk, final, "digest", keep_candidates=True), str(output), run)
 
 
 def draw_candidates(seed: int) -> Iterator[StoredCandidate]:

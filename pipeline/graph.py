@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import apache_beam as beam
 
@@ -14,6 +13,7 @@ from maskbeam.transforms.generate_masks import GenerateMasks
 from maskbeam.transforms.images import ImageConfig
 from maskbeam.transforms.labeler import MakeLabeler
 from maskbeam.transforms.labels.layout import OutputConfig
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.load_model import LoadSam, ModelConfig, load_model
 from maskbeam.transforms.masks.amg import AmgConfig
 from maskbeam.transforms.masks.automatic import AutomaticLabeler
@@ -57,7 +57,7 @@ class Job:
 def build(
     root: beam.Pipeline,
     job: Job,
-    run: dict[str, Any],
+    run: Run,
     load: LoadSam = load_model,
     progress_dir: str | None = None,
 ) -> beam.PCollection:
@@ -67,7 +67,7 @@ def build(
     why the accelerator is given to the whole pool of workers and never to one step as a resource hint.
 
     Args:
-      run: content of run.json, from maskbeam.pipeline.launch.settle.
+      run: from maskbeam.pipeline.launch.settle.
       load, progress_dir: see GenerateMasks.
     """
     output = job.output.output
@@ -79,9 +79,9 @@ def build(
         >> ReadChunks(
             job.read,
             job.input.chunk_size,
-            run["root"],
+            run.root,
             output,
-            run.get("id"),
+            run.id,
             job.amg.keep_candidates,
             None if prompts is None else prompts.in_record(),
         )
@@ -89,23 +89,19 @@ def build(
     reports = (
         chunks
         | "GenerateMasks"
-        >> GenerateMasks(job.model, job.images, make_labeler(job), run["backend"], load, progress_dir, prompts)
+        >> GenerateMasks(job.model, job.images, make_labeler(job), run.backend, load, progress_dir, prompts)
         | "WriteParquet" >> WriteParquet(job.output, run)  # ChunkReport, after the chunk's files are committed
     )
     return (reports, finished) | "Summarize" >> Summarize(output, run)  # Totals -> summary.json
 
 
-def run_prompts(job: Job, run: dict[str, Any]) -> RunPrompts | None:
-    """The prompts of a run as its workers get them; None if it has a grid.
-
-    Args:
-      run: content of run.json.
-    """
-    if job.prompts.prompts is None:
+def run_prompts(job: Job, run: Run) -> RunPrompts | None:
+    """The prompts of a run as its workers get them; None if it has a grid."""
+    if run.prompts is None:
         return None
-    digest = run["prompts"]["prompts_digest"]
+    digest = run.prompts["prompts_digest"]
     store = None if digest is None else store_path(job.output.output, digest)
-    return RunPrompts(job.prompts, job.images, store, from_records(run["categories"] or []))
+    return RunPrompts(job.prompts, job.images, store, from_records(run.categories or []))
 
 
 def make_labeler(job: Job) -> MakeLabeler:

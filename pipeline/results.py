@@ -8,6 +8,7 @@ from typing import Any
 from maskbeam.pipeline.exits import UsageError
 from maskbeam.transforms.files.paths import absolute
 from maskbeam.transforms.files.storage import replace_file, write_json
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.presets.embedded import DEMO_MODEL, hub_presets
 
 
@@ -62,16 +63,13 @@ def escape_controls(text: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
-def describe_model(run: dict[str, Any]) -> str:
+def describe_model(run: Run) -> str:
     """The model that made labels, by the name that --model was given.
 
-    Args:
-      run: content of run.json.
-
-    >>> describe_model({"model": "sam_tiny"}), describe_model({"model": None})
+    >>> describe_model(Run(model="sam_tiny")), describe_model(Run())
     ('sam_tiny', 'none (imported)')
     """
-    return escape_controls(str(run.get("model") or "none (imported)"))
+    return escape_controls(str(run.model or "none (imported)"))
 
 
 def describe_default_model(argv: Sequence[str]) -> str:

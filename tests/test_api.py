@@ -17,6 +17,7 @@ import maskbeam
 from maskbeam.transforms.photos import PhotoMissing
 from tests.conftest import label, read_labels, write_photos
 
+pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[1]
 HEAVY = ("apache_beam", "keras", "tensorflow", "jax", "pyarrow", "numpy")
 

@@ -95,7 +95,7 @@ def label_chunk(
     while ahead:
         feeder.feed(ahead.popleft().result())
     images = feeder.close()
-    return LabeledChunk(chunk.shard, chunk.index, images, chunk.final, chunk.digest, labeler.keep_candidates)
+    return LabeledChunk.of(chunk.shard, chunk.index, images, chunk.final, chunk.digest, labeler.keep_candidates)
 
 
 class _Feeder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from dataclasses import dataclass
 
 import apache_beam as beam
 
@@ -72,59 +73,51 @@ def read_unfinished(
         yield from read_chunks(shard, config, root, chunk_size, finished, prompts)
 
 
+@dataclass(eq=False, repr=False)
 class ReadChunks(beam.PTransform):
-    """PCollection[Shard] -> PCollection[Chunk] to do, PCollection[ChunkReport] of those that are done."""
+    """PCollection[Shard] -> PCollection[Chunk] to do, PCollection[ChunkReport] of those that are done.
 
-    def __init__(
-        self,
-        config: ReadConfig,
-        chunk_size: int,
-        root: str,
-        output: str,
-        run_id: str | None = None,
-        keep_candidates: bool = False,
-        prompts: RecordPrompts | None = None,
-    ) -> None:
+    Attributes:
+      prompts: how prompts are read from the images' records; None = they are not.
+    """
+
+    config: ReadConfig
+    chunk_size: int
+    root: str
+    output: str
+    run_id: str | None = None
+    keep_candidates: bool = False
+    prompts: RecordPrompts | None = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self._arguments = (config, chunk_size, root, output, run_id, keep_candidates, prompts)
 
     def expand(self, shards: beam.PCollection) -> tuple[beam.PCollection, beam.PCollection]:
-        outputs = shards | beam.ParDo(_ReadChunksFn(*self._arguments)).with_outputs(FINISHED, main="chunks")
+        outputs = shards | beam.ParDo(_ReadChunksFn(self)).with_outputs(FINISHED, main="chunks")
         return outputs["chunks"], outputs[FINISHED]
 
 
 class _ReadChunksFn(beam.DoFn):
     """Lists the committed chunks once a worker, instead of once a shard."""
 
-    def __init__(
-        self,
-        config: ReadConfig,
-        chunk_size: int,
-        root: str,
-        output: str,
-        run_id: str | None,
-        keep_candidates: bool,
-        prompts: RecordPrompts | None,
-    ) -> None:
-        self._prompts = prompts
-        self._config = config
-        self._chunk_size = chunk_size
-        self._root = root
-        self._output = output
-        self._keep_candidates = keep_candidates
-        self._run_id = run_id
+    def __init__(self, settings: ReadChunks) -> None:
+        self._settings = settings
 
     def setup(self) -> None:
-        directories = [IMAGES_DIR, ANNOTATIONS_DIR] + [CANDIDATES_DIR] * self._keep_candidates
+        settings = self._settings
+        directories = [IMAGES_DIR, ANNOTATIONS_DIR] + [CANDIDATES_DIR] * settings.keep_candidates
         self._committed: dict[str | tuple[str, int], list[ChunkKey]] = {}
-        for key in list_tables(self._output, directories).committed(self._keep_candidates):
+        for key in list_tables(settings.output, directories).committed(settings.keep_candidates):
             # A directory of loose files may have a hundred thousand chunks, and a Shard for each.
             self._committed.setdefault(key.shard, []).append(key)
             self._committed.setdefault((key.shard, key.index), []).append(key)
 
     def process(self, shard: Shard) -> Iterator[Chunk | beam.pvalue.TaggedOutput]:
+        settings = self._settings
         place = (shard.name, shard.first_chunk) if shard.format == "image" else shard.name
-        reports = finished_reports(shard, self._committed.get(place, []), self._output, self._run_id)
+        reports = finished_reports(shard, self._committed.get(place, []), settings.output, settings.run_id)
         for report in reports:
             yield beam.pvalue.TaggedOutput(FINISHED, report)
-        yield from read_unfinished(shard, self._config, self._chunk_size, self._root, reports, self._prompts)
+        yield from read_unfinished(
+            shard, settings.config, settings.chunk_size, settings.root, reports, settings.prompts
+        )

@@ -3,38 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import apache_beam as beam
 
 from maskbeam.transforms.labels.commit import RunReplaced
 from maskbeam.transforms.labels.layout import manifest_path
 from maskbeam.transforms.labels.manifest import read_manifest
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.records import Shard
 
 
+@dataclass(eq=False, repr=False)
 class ReadManifest(beam.PTransform):
     """The shards of the run's manifest; only paths are shuffled, so that shards spread over the workers."""
 
-    def __init__(self, output: str, run: dict[str, Any]) -> None:
+    output: str
+    run: Run
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.output = output
-        self.run = {name: run[name] for name in ("id", "manifest") if name in run}
 
     def expand(self, root: beam.pvalue.PBegin) -> beam.PCollection[Shard]:
         return (
             root
-            | "Start" >> beam.Create([self.run], reshuffle=False)
+            | "Start" >> beam.Create([self.run.manifest], reshuffle=False)
             | "Read" >> beam.FlatMap(_shards, output=self.output).with_output_types(Shard)
             | "Spread" >> beam.Reshuffle()
         )
 
 
-def _shards(run: dict[str, Any], output: str) -> Iterator[Shard]:
-    manifest = read_manifest(output, run)
+def _shards(manifest_id: str | None, output: str) -> Iterator[Shard]:
+    manifest = read_manifest(output, manifest_id)
     if manifest is None:
         raise RunReplaced(
-            f"{manifest_path(output, run.get('manifest') or 'none')} is gone: another start has taken {output}, or "
+            f"{manifest_path(output, manifest_id or 'none')} is gone: another start has taken {output}, or "
             "somebody deleted it. Run the same command to go on."
         )
     yield from manifest.shards

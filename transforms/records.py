@@ -466,27 +466,53 @@ class LabeledImage:
 
 @dataclass(frozen=True)
 class LabeledChunk:
-    """A chunk's images with their masks. Same meaning of the fields as in Chunk.
+    """A chunk's images with their masks, from whatever they come: labeled, refined or imported.
 
     Attributes:
+      shard, path, source: name of its shard, where that lies, and what it is made of, for people; as in Shard.
+      index, final, digest: as in Chunk.
+      generation: a chunk of a higher one replaces it.
+      encoded_bytes: of the images; None = the sum of what they know themselves.
       keep_candidates: whether the images' candidates are stored.
       workers: what the chunk took, and the start-up of its process if it is the first one.
     """
 
-    shard: Shard
+    shard: str
+    path: str
+    source: str
     index: int
     images: tuple[LabeledImage, ...]
     final: bool
     digest: str
+    generation: int = 0
+    encoded_bytes: int | None = None
     keep_candidates: bool = False
     workers: WorkerTime = WorkerTime()
+
+    @classmethod
+    def of(
+        cls,
+        shard: Shard,
+        index: int,
+        images: tuple[LabeledImage, ...],
+        final: bool,
+        digest: str,
+        keep_candidates: bool = False,
+    ) -> LabeledChunk:
+        """A chunk of a shard of the input."""
+        generation = shard.generation_of(index)
+        return cls(
+            shard.name, shard.path, shard.source, index, images, final, digest, generation, None, keep_candidates
+        )
 
     def totals(self) -> Totals:
         """Sums over the chunk's images."""
         failed = [image for image in self.images if image.failure]
         return Totals(
             images=len(self.images),
-            encoded_bytes=sum(image.num_bytes for image in self.images),
+            encoded_bytes=(
+                sum(image.num_bytes for image in self.images) if self.encoded_bytes is None else self.encoded_bytes
+            ),
             labeled=sum(image.status == "labeled" for image in self.images),
             empty=sum(image.status == "empty" for image in self.images),
             failed=len(failed),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
-from typing import Any
+from dataclasses import dataclass, fields
 
 import apache_beam as beam
 
@@ -13,6 +12,7 @@ from maskbeam.transforms.files.storage import read_json, write_json
 from maskbeam.transforms.labels.clear import delete_temporary
 from maskbeam.transforms.labels.commit import check_run
 from maskbeam.transforms.labels.layout import SUMMARY_FILE
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.records import ChunkReport, Totals
 
 
@@ -21,14 +21,14 @@ def sum_totals(totals: Iterable[Totals]) -> Totals:
     return sum(totals, Totals())
 
 
-def write_summary(totals: Totals, output: str, run: dict[str, Any]) -> Totals:
+def write_summary(totals: Totals, output: str, run: Run) -> Totals:
     """Ends a run that went well: summary.json is there and nothing temporary of any start is left.
 
     Raises:
       RunReplaced: the directory belongs to another run by now.
     """
     check_run(output, run)
-    about = {"model": run.get("model"), "versions": run["versions"]}
+    about = {"model": run.model, "versions": run.versions}
     write_json(FileSystems.join(output, SUMMARY_FILE), {**totals.to_dict(), **about})
     delete_temporary(output)
     return totals
@@ -40,13 +40,15 @@ def read_totals(output: str) -> Totals:
     return Totals.from_dict({field.name: content[field.name] for field in fields(Totals) if field.name in content})
 
 
+@dataclass(eq=False, repr=False)
 class Summarize(beam.PTransform):
     """(PCollection[ChunkReport] of this start, of earlier ones) -> PCollection[Totals], one element."""
 
-    def __init__(self, output: str, run: dict[str, Any]) -> None:
+    output: str
+    run: Run
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.output = output
-        self.run = run
 
     def expand(self, reports: tuple[beam.PCollection, beam.PCollection]) -> beam.PCollection:
         return (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import apache_beam as beam
 from apache_beam.metrics import Metrics
 
 from maskbeam.transforms.labels.commit import commit_chunk
 from maskbeam.transforms.labels.layout import OutputConfig
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.records import ChunkReport, LabeledChunk, Totals
 
 # Of the counters and distributions.
@@ -23,16 +24,18 @@ class TooManyFailures(RuntimeError):
     """More images failed than max_failed_fraction allows."""
 
 
+@dataclass(eq=False, repr=False)
 class WriteParquet(beam.PTransform):
     """PCollection[LabeledChunk] -> PCollection[ChunkReport], each after its chunk is committed."""
 
-    def __init__(self, config: OutputConfig, run: dict[str, Any]) -> None:
+    config: OutputConfig
+    run: Run
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.config = config
-        self.run = run
 
     def expand(self, chunks: beam.PCollection) -> beam.PCollection:
-        return chunks | beam.ParDo(_WriteParquetFn(self.config, self.run)).with_output_types(ChunkReport)
+        return chunks | beam.ParDo(_WriteParquetFn(self)).with_output_types(ChunkReport)
 
 
 class _WriteParquetFn(beam.DoFn):
@@ -41,9 +44,9 @@ class _WriteParquetFn(beam.DoFn):
     Its only state is the totals of the images this process has seen.
     """
 
-    def __init__(self, config: OutputConfig, run: dict[str, Any]) -> None:
-        self._config = config
-        self._run = run
+    def __init__(self, settings: WriteParquet) -> None:
+        self._config = settings.config
+        self._run = settings.run
         self._seen = Totals()
 
     def process(self, chunk: LabeledChunk) -> Iterator[ChunkReport]:

@@ -47,7 +47,8 @@ from maskbeam.transforms.evaluation.truth import TruthImage, TruthObject, parse_
 from maskbeam.transforms.files.storage import read_json_bytes
 from maskbeam.transforms.files.strict_json import parse_json
 from maskbeam.transforms.formats.coco import MAX_COCO_BYTES, MEND_COCO
-from maskbeam.transforms.labels.tables import ChunkTables, list_chunks, read_chunks, read_images, read_run
+from maskbeam.transforms.labels.run_file import read_run
+from maskbeam.transforms.labels.tables import ChunkTables, list_chunks, read_chunks, read_images
 from maskbeam.transforms.masks import rle
 from maskbeam.transforms.records import DamagedFile
 

@@ -24,7 +24,6 @@ from maskbeam.transforms.files.storage import read_json, replace_file, write_jso
 from maskbeam.transforms.formats.coco import (
     annotation_to_coco,
     image_to_coco,
-    run_categories,
     segmentation_to_polygons,
 )
 from maskbeam.transforms.formats.file_names import file_names, stem
@@ -33,7 +32,8 @@ from maskbeam.transforms.formats.polygons import PolygonLoss
 from maskbeam.transforms.formats.sa1b import sa1b_record
 from maskbeam.transforms.formats.yolo import YoloLoss, yolo_text
 from maskbeam.transforms.labels.layout import ChunkKey
-from maskbeam.transforms.labels.tables import list_chunks, read_chunk, read_chunks, read_run
+from maskbeam.transforms.labels.run_file import Run, read_run
+from maskbeam.transforms.labels.tables import list_chunks, read_chunk, read_chunks
 
 # What an export leaves in its directory: a list of its files, and what lies beside it.
 EXPORT_FILE = "export.json"
@@ -88,14 +88,14 @@ class Labels:
     """The images of the labels as a stream, and what has come of it so far.
 
     Attributes:
-      run: content of run.json.
+      run: that made them.
       chunks: all of them.
       images, masks: given so far.
       failures: of the first failed images, which are not given, having no masks and often no size.
     """
 
     directory: str
-    run: dict[str, Any]
+    run: Run
     chunks: list[ChunkKey]
     images: int = 0
     masks: int = 0
@@ -120,13 +120,13 @@ class Labels:
 
     @property
     def categories(self) -> list[dict[str, Any]]:
-        """COCO records of the categories; imported labels have their own."""
-        categories: list[dict[str, Any]] | None = run_categories(self.run)
-        if categories is None:  # of prompts in records
-            chunks = (chunk.annotations["category_id"] for chunk in read_chunks(self.directory))
-            ids = {category_id for column in chunks for category_id in column.unique().to_pylist()}
-            categories = [{"id": category_id, "name": str(category_id)} for category_id in sorted(ids)]
-        return categories
+        """COCO records of the categories; of prompts in records only the ids are known."""
+        categories = self.run.categories
+        if categories is not None:
+            return categories
+        chunks = (chunk.annotations["category_id"] for chunk in read_chunks(self.directory))
+        ids = {category_id for column in chunks for category_id in column.unique().to_pylist()}
+        return [{"id": category_id, "name": str(category_id)} for category_id in sorted(ids)]
 
 
 def main(argv: list[str]) -> int:
@@ -234,7 +234,7 @@ def _export_coco(labels: Labels, config: ExportConfig) -> str:
         images.seek(0)
         shutil.copyfileobj(images, file)
         file.write(b"\n]")
-        about = {"info": _about(labels.run), **labels.run.get("coco", {}), "categories": labels.categories}
+        about = {"info": _about(labels.run), **(labels.run.coco or {}), "categories": labels.categories}
         about.pop("exported_by", None)  # of labels that were exported and imported again
         for key, value in about.items():
             file.write(b",\n" + _json_line(key) + b": " + _json_line(value))
@@ -246,13 +246,13 @@ def _json_line(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _about(run: dict[str, Any]) -> dict[str, Any]:
+def _about(run: Run) -> dict[str, Any]:
     """COCO's info: where the masks are from."""
     return {
         "description": "masks of SAM, labeled by maskbeam",
-        "version": run.get("versions", {}).get("maskbeam"),
-        "model": run.get("model"),
-        "model_fingerprint": run["model_fingerprint"],
+        "version": run.versions.get("maskbeam"),
+        "model": run.model,
+        "model_fingerprint": run.model_fingerprint,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from maskbeam.pipeline.exits import EXIT_DONE, EXIT_FAILED, UsageError
@@ -22,11 +23,11 @@ from maskbeam.transforms.formats.coco import (
     coco_to_image,
     group_by_image,
 )
-from maskbeam.transforms.labels.commit import RunReplaced, commit_tables
-from maskbeam.transforms.labels.layout import ANNOTATIONS_DIR, IMAGES_DIR, chunk_name, shard_name
-from maskbeam.transforms.labels.schema import chunk_to_tables
+from maskbeam.transforms.labels.commit import RunReplaced, commit_chunk
+from maskbeam.transforms.labels.layout import shard_name
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.match_shards import InputConfig
-from maskbeam.transforms.records import ChunkReport, DamagedFile, LabeledChunk, Shard, SourceFile, Totals
+from maskbeam.transforms.records import DamagedFile, LabeledChunk, LabeledImage, Totals
 from maskbeam.transforms.summarize import write_summary
 
 _CHUNK_SIZE = InputConfig.chunk_size
@@ -87,57 +88,10 @@ def run_import(config: ImportConfig) -> int:
       UsageError: the file cannot be read, or the output cannot be written.
       DamagedFile: it is not what it should be.
     """
+    source = read_source(config)
+    run = claim_output(config.output, _describe(source), config.overwrite)
     try:
-        content, source, digest = _read(config.annotations)
-        about = content if isinstance(content, dict) else {}
-        if isinstance(content, list):
-            if config.images_from is None:
-                raise UsageError(
-                    f"{config.annotations} is a list of results; say with --images_from which file has their images"
-                )
-            about, _, images_digest = _read(config.images_from)
-            digest += images_digest
-        elif config.images_from is not None:
-            raise UsageError(f"{config.annotations} is no list of results, so --images_from has no use")
-        if not isinstance(about, dict):
-            raise ValueError("expected an object with images, annotations and categories")
-        records = about.get("annotations") if isinstance(content, dict) else content
-        grouped = group_by_image(about.get("images"), records)
-        if not grouped:
-            raise ValueError("it has no images")
-        check_categories([record for _, annotations in grouped for record in annotations], about.get("categories"))
-        images = [
-            coco_to_image(image, row, annotations)
-            for row, (image, annotations) in enumerate(progress_bar(grouped, unit="image"))
-        ]
-        _check_image_ids([image.source.image_id for image in images])
-    except UsageError:
-        raise
-    except ValueError as error:
-        raise DamagedFile(f"cannot import {config.annotations}: {error}. {MEND_COCO}") from error
-    except OSError as error:
-        raise UsageError(f"cannot import {config.annotations}: {error}") from error
-    shard = Shard(shard_name(config.annotations.rpartition("/")[2]), absolute(config.annotations), "coco", (source,))
-    run = _describe(shard, digest, {key: about[key] for key in about if key not in ("images", "annotations")})
-    run = claim_output(config.output, run, config.overwrite)
-    # Each file has it in its metadata, and categories can be long.
-    in_files = {key: value for key, value in run.items() if key != "coco"}
-    totals = Totals()
-    try:
-        for first in progress_bar(range(0, len(images), _CHUNK_SIZE), unit="chunk"):
-            part = slice(first, first + _CHUNK_SIZE)
-            chunk = LabeledChunk(
-                shard, first // _CHUNK_SIZE, tuple(images[part]), first + _CHUNK_SIZE >= len(images), digest
-            )
-            report = ChunkReport(shard.name, chunk.index, chunk.final, digest, shard.source, chunk.totals())
-            annotations_table, images_table = add_coco_columns(
-                *chunk_to_tables(chunk, report, in_files),
-                [image for image, _ in grouped[part]],
-                [annotation for _, annotations in grouped[part] for annotation in annotations],
-            )
-            tables = {ANNOTATIONS_DIR: annotations_table, IMAGES_DIR: images_table}
-            commit_tables(tables, chunk_name(shard.name, chunk.index), config.output, in_files)
-            totals += report.totals
+        totals = _write(source, config.output, run)
         write_summary(totals, config.output, run)
     except (OSError, RunReplaced) as error:
         print(f"maskbeam: {error}. Run the same command to go on.", file=sys.stderr)
@@ -146,10 +100,90 @@ def run_import(config: ImportConfig) -> int:
     return EXIT_DONE
 
 
-def _read(path: str) -> tuple[Any, SourceFile, str]:
-    """A JSON file's content, itself and its sha256."""
-    data = read_json_bytes(path, MAX_COCO_BYTES)
-    return parse_json(data), SourceFile(absolute(path), len(data)), hashlib.sha256(data).hexdigest()
+@dataclass(frozen=True)
+class ImportSource:
+    """A checked file of annotations.
+
+    Attributes:
+      path: absolute.
+      num_bytes: of the file.
+      digest: sha256 of it, followed by that of the file with its images.
+      records: the COCO records of each image and of its annotations.
+      images: what they became.
+      rest: what the file with the images has beside images and annotations.
+    """
+
+    path: str
+    num_bytes: int
+    digest: str
+    records: list[tuple[dict[str, Any], list[dict[str, Any]]]]
+    images: list[LabeledImage]
+    rest: dict[str, Any]
+
+
+def read_source(config: ImportConfig) -> ImportSource:
+    """Reads and checks the file; see run_import for the errors."""
+    try:
+        data = read_json_bytes(config.annotations, MAX_COCO_BYTES)
+        content, digest = parse_json(data), _sha256(data)
+        holder = content
+        if isinstance(content, list):
+            images_data = _read_images_of_results(config)
+            holder, digest = parse_json(images_data), digest + _sha256(images_data)
+        elif config.images_from is not None:
+            raise UsageError(f"{config.annotations} is no list of results, so --images_from has no use")
+        if not isinstance(holder, dict):
+            raise ValueError("expected an object with images, annotations and categories")
+        records = _check_records(holder, content if isinstance(content, list) else holder.get("annotations"))
+        images = [
+            coco_to_image(image, row, annotations)
+            for row, (image, annotations) in enumerate(progress_bar(records, unit="image"))
+        ]
+        _check_image_ids([image.source.image_id for image in images])
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise DamagedFile(f"cannot import {config.annotations}: {error}. {MEND_COCO}") from error
+    except OSError as error:
+        raise UsageError(f"cannot import {config.annotations}: {error}") from error
+    rest = {key: value for key, value in holder.items() if key not in ("images", "annotations")}
+    return ImportSource(absolute(config.annotations), len(data), digest, records, images, rest)
+
+
+def _read_images_of_results(config: ImportConfig) -> bytes:
+    if config.images_from is None:
+        raise UsageError(
+            f"{config.annotations} is a list of results; say with --images_from which file has their images"
+        )
+    return read_json_bytes(config.images_from, MAX_COCO_BYTES)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _check_records(holder: dict[str, Any], annotations: Any) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """The records of each image and of its annotations, which are of known categories."""
+    grouped = group_by_image(holder.get("images"), annotations)
+    if not grouped:
+        raise ValueError("it has no images")
+    check_categories([record for _, records in grouped for record in records], holder.get("categories"))
+    return grouped
+
+
+def _write(source: ImportSource, output: str, run: Run) -> Totals:
+    """Commits the images chunk by chunk."""
+    name = shard_name(source.path.rpartition("/")[2])
+    about = f"1 file, {source.num_bytes} bytes"
+    totals = Totals()
+    for first in progress_bar(range(0, len(source.images), _CHUNK_SIZE), unit="chunk"):
+        part = slice(first, first + _CHUNK_SIZE)
+        final = first + _CHUNK_SIZE >= len(source.images)
+        images = tuple(source.images[part])
+        chunk = LabeledChunk(name, source.path, about, first // _CHUNK_SIZE, images, final, source.digest)
+        add_columns = partial(add_coco_columns, records=source.records[part])
+        totals += commit_chunk(chunk, output, run, add_columns).totals
+    return totals
 
 
 def _check_image_ids(image_ids: list[str]) -> None:
@@ -161,20 +195,13 @@ def _check_image_ids(image_ids: list[str]) -> None:
         seen.add(image_id)
 
 
-def _describe(shard: Shard, digest: str, coco: dict[str, Any]) -> dict[str, Any]:
-    """The content of run.json. It has the fields of a labeling run, and no model.
-
-    Args:
-      coco: what the file has beside its images and annotations.
-    """
-    return {
-        "root": shard.path.rpartition("/")[0],
-        "chunk_size": _CHUNK_SIZE,
-        "model": None,
-        "model_fingerprint": None,
-        "amg": {},
-        "imported": shard.path,
-        "imported_sha256": digest,
-        "versions": versions(),
-        "coco": coco,
-    }
+def _describe(source: ImportSource) -> Run:
+    """It has the fields of a labeling run, and no model."""
+    return Run(
+        root=source.path.rpartition("/")[0],
+        chunk_size=_CHUNK_SIZE,
+        imported=source.path,
+        imported_sha256=source.digest,
+        versions=versions(),
+        coco=source.rest,
+    )

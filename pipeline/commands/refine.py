@@ -20,9 +20,8 @@ from maskbeam.pipeline.progress import progress_bar
 from maskbeam.pipeline.results import describe_model
 from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.paths import absolute
-from maskbeam.transforms.labels.commit import RunReplaced, commit_tables
+from maskbeam.transforms.labels.commit import RunReplaced, commit_chunk
 from maskbeam.transforms.labels.layout import (
-    ANNOTATIONS_DIR,
     IMAGES_DIR,
     SUMMARY_FILE,
     ChunkKey,
@@ -32,12 +31,12 @@ from maskbeam.transforms.labels.layout import (
 )
 from maskbeam.transforms.labels.refine import COLUMNS, refine_chunk
 from maskbeam.transforms.labels.resume import read_report
-from maskbeam.transforms.labels.schema import chunk_to_tables
-from maskbeam.transforms.labels.tables import list_chunks, read_candidates, read_chunk, read_run
+from maskbeam.transforms.labels.run_file import FORMAT, Run, read_run
+from maskbeam.transforms.labels.tables import list_chunks, read_candidates, read_chunk
 from maskbeam.transforms.masks.amg import CANDIDATE_SETTINGS, AmgConfig
 from maskbeam.transforms.masks.containment import ContainmentConfig
 from maskbeam.transforms.masks.select import SelectionConfig
-from maskbeam.transforms.records import ChunkReport, DamagedFile, LabeledChunk, Shard, Totals
+from maskbeam.transforms.records import ChunkReport, DamagedFile, LabeledChunk, Totals
 from maskbeam.transforms.summarize import write_summary
 
 _DESCRIPTION = (
@@ -112,12 +111,14 @@ def run_refine(job: RefineJob, changes: dict[str, Any]) -> int:
         sources = [_read_source(labels, chunk) for chunk in list_chunks(labels)]
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
-    refined = {
-        **{name: value for name, value in run.items() if name != "manifest"},  # that of the labels' own input
-        "amg": asdict(config),
-        "versions": versions(),
-        "refined_from": {"labels": absolute(labels), "label_settings": run["amg"], **asdict(job.containment)},
-    }
+    refined = replace(
+        run,
+        manifest=None,  # that of the labels' own input
+        format=FORMAT,
+        amg=asdict(config),
+        versions=versions(),
+        refined_from={"labels": absolute(labels), "label_settings": run.amg, **asdict(job.containment)},
+    )
     refined = claim_output(output, refined, job.refine.overwrite)
     _refuse_strays(sources, labels, output)
     try:
@@ -136,7 +137,7 @@ def run_refine(job: RefineJob, changes: dict[str, Any]) -> int:
     return EXIT_DONE
 
 
-def _refine_all(sources: list[ChunkReport], config: AmgConfig, job: RefineJob, run: dict[str, Any]) -> Totals:
+def _refine_all(sources: list[ChunkReport], config: AmgConfig, job: RefineJob, run: Run) -> Totals:
     """Refines the chunks that no earlier start has committed; the totals are of all."""
     output = job.refine.output
     done = committed_chunks(output)
@@ -145,29 +146,32 @@ def _refine_all(sources: list[ChunkReport], config: AmgConfig, job: RefineJob, r
         for source in sources:
             committed = source.index in done.get(source.shard, [])
             report = read_report(output, source.shard, source.index) if committed else None
-            if report is None or (report.digest, report.run_id) != (_digest(source), run["id"]):
+            if report is None or (report.digest, report.run_id) != (_digest(source), run.id):
                 report = _refine_and_commit(source, config, job, run)
             totals += report.totals
             progress.update(source.totals.images)
     return totals
 
 
-def _refine_and_commit(source: ChunkReport, config: AmgConfig, job: RefineJob, run: dict[str, Any]) -> ChunkReport:
+def _refine_and_commit(source: ChunkReport, config: AmgConfig, job: RefineJob, run: Run) -> ChunkReport:
     """One chunk of the new labels."""
     labels = job.refine.labels
     key = ChunkKey(source.shard, source.index, source.generation)
     images = read_chunk(labels, key).images
-    made_with = AmgConfig.from_dict(run["refined_from"]["label_settings"])
+    assert run.refined_from is not None
+    made_with = AmgConfig.from_dict(run.refined_from["label_settings"])
     candidates = read_candidates(labels, key, images, COLUMNS, made_with)
-    refined = tuple(refine_chunk(images, candidates, config, job.containment))
-    shard = Shard(source.shard, images["shard"][0].as_py() if len(images) else "", format="", files=())
-    chunk = LabeledChunk(shard, source.index, refined, source.final, _digest(source))
-    totals = replace(chunk.totals(), encoded_bytes=source.totals.encoded_bytes)
-    report = replace(source, digest=chunk.digest, totals=totals, run_id=run["id"], generation=0)
-    annotations, image_rows = chunk_to_tables(chunk, report, run)
-    tables = {ANNOTATIONS_DIR: annotations, IMAGES_DIR: image_rows}
-    commit_tables(tables, chunk_name(source.shard, source.index), job.refine.output, run)
-    return report
+    chunk = LabeledChunk(
+        source.shard,
+        images["shard"][0].as_py() if len(images) else "",
+        source.source,
+        source.index,
+        tuple(refine_chunk(images, candidates, config, job.containment)),
+        source.final,
+        _digest(source),
+        encoded_bytes=source.totals.encoded_bytes,
+    )
+    return commit_chunk(chunk, job.refine.output, run)
 
 
 def _digest(source: ChunkReport) -> str:
@@ -209,28 +213,28 @@ def _summary(totals: Totals, masks_before: int, output: str, model: str) -> str:
     )
 
 
-def change_settings(run: dict[str, Any], changes: dict[str, Any], labels: str) -> AmgConfig:
+def change_settings(run: Run, changes: dict[str, Any], labels: str) -> AmgConfig:
     """The settings of the new labels: those of the old ones with the changes.
 
     Args:
-      run: content of the labels' run.json.
+      run: of the labels.
       changes: fields of AmgConfig.
       labels: for messages.
 
     Raises:
       ValueError: there are no candidates, or a change cannot be decided from them.
     """
-    if "imported" in run:
+    if run.imported is not None:
         raise ValueError(
             f"{labels} was imported and has no candidates: there is nothing to choose from. Label the images with "
             "`maskbeam label --keep_candidates`."
         )
     try:
-        before = AmgConfig.from_dict(run["amg"])
+        before = AmgConfig.from_dict(run.amg)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{labels} was made by another version of maskbeam: {error}. Label it again.") from error
-    if "refined_from" in run:
-        raise ValueError(f"{labels} was refined from {run['refined_from']['labels']}: refine that again.")
+    if run.refined_from is not None:
+        raise ValueError(f"{labels} was refined from {run.refined_from['labels']}: refine that again.")
     if not before.keep_candidates:
         raise ValueError(f"{labels} has no candidates. Label it with --keep_candidates, into a new directory.")
     decidable = {field.name for field in fields(SelectionConfig)}

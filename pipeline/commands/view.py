@@ -31,11 +31,11 @@ from maskbeam.transforms.evaluation.statistics import Statistics
 from maskbeam.transforms.files.paths import absolute
 from maskbeam.transforms.images import ImageConfig
 from maskbeam.transforms.labels.layout import shard_name
+from maskbeam.transforms.labels.run_file import Run, read_run
 from maskbeam.transforms.labels.schema import row_to_mask
-from maskbeam.transforms.labels.tables import ChunkTables, list_chunks, read_chunk, read_image_ids, read_run
+from maskbeam.transforms.labels.tables import ChunkTables, list_chunks, read_chunk, read_image_ids
 from maskbeam.transforms.match_shards import InputConfig, check_output
 from maskbeam.transforms.photos import PhotoMissing, Photos, open_photo
-from maskbeam.transforms.readers.samples import ReadConfig
 
 _MAX_FAILURES = 10_000  # in the report's list; the number told is that of all
 
@@ -133,22 +133,20 @@ def run_view(job: ViewJob) -> int:
         output = _prepare_output(job.report)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
-    images = ImageConfig(run.get("exif", "apply"), run.get("max_pixels", ImageConfig.max_pixels))
     chunks = _with_progress((read_chunk(job.labels.labels, chunk) for chunk in listed), num_images)
     try:
         if job.report.png:
-            return _write_pictures(chunks, ids, photos, images, output)
-        return _write_report(job, chunks, ids, photos, images, run, output)
+            return _write_pictures(chunks, ids, photos, run.image_config, output)
+        return _write_report(job, chunks, ids, photos, run, output)
     except (ValueError, OSError) as error:  # the labels are damaged, or the output cannot be written
         print(f"maskbeam: {error}", file=sys.stderr)
         return EXIT_FAILED
 
 
-def _find_photos(config: LabelsConfig, output: str, run: dict[str, Any]) -> Photos:
+def _find_photos(config: LabelsConfig, output: str, run: Run) -> Photos:
     if config.images is not None:
         check_output(InputConfig(config.images), output)
-    names = {name: tuple(value) for name, value in run.get("names", {}).items()}
-    return Photos(run.get("root") or "/", config.images, run.get("input_format"), ReadConfig(**names))
+    return Photos(run.root or "/", config.images, run.input_format, run.read_config)
 
 
 def _choose(config: SampleConfig, image_ids: Iterator[str]) -> tuple[set[str], int]:
@@ -243,8 +241,7 @@ def _write_report(
     chunks: Iterator[ChunkTables],
     ids: Collection[str],
     photos: Photos,
-    config: ImageConfig,
-    run: dict[str, Any],
+    run: Run,
     output: Path,
 ) -> int:
     statistics = Statistics()
@@ -258,11 +255,11 @@ def _write_report(
             if row["image_id"] in ids:
                 yield ShownImage(row, masks, photos.read(row))
 
-    lines = write_images(shown_images(), job.report.photo_side, config, output)
+    lines = write_images(shown_images(), job.report.photo_side, run.image_config, output)
     index: dict[str, Any] = {
         "labels": job.labels.labels,
-        "run": {name: run.get(name) for name in ("model", "model_fingerprint", "dtype", "backend", "root")},
-        "amg": run.get("amg", {}),
+        "run": {name: getattr(run, name) for name in ("model", "model_fingerprint", "dtype", "backend", "root")},
+        "amg": run.amg,
         "statistics": statistics.to_dict(),
         "failures": failures,
         "images": lines,

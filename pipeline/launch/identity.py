@@ -8,7 +8,7 @@ import os
 import platform
 import uuid
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from maskbeam.pipeline.exits import UsageError
@@ -16,7 +16,7 @@ from maskbeam.pipeline.graph import Job
 from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.paths import absolute
-from maskbeam.transforms.files.storage import delete_file, delete_files, escape_glob, list_tree, read_json, write_json
+from maskbeam.transforms.files.storage import delete_file, delete_files, escape_glob, list_tree
 from maskbeam.transforms.formats.coco import OBJECT_CATEGORY
 from maskbeam.transforms.labels.clear import delete_chunks, delete_temporary
 from maskbeam.transforms.labels.layout import (
@@ -29,7 +29,7 @@ from maskbeam.transforms.labels.layout import (
     committed_chunks,
     manifest_path,
 )
-from maskbeam.transforms.labels.manifest import FORMAT
+from maskbeam.transforms.labels.run_file import Run, read_run, write_run
 from maskbeam.transforms.models.check_preset import check_preset
 from maskbeam.transforms.presets.embedded import PresetError
 from maskbeam.transforms.presets.remote import local_preset
@@ -37,17 +37,10 @@ from maskbeam.transforms.prompt_files.categories import to_records
 from maskbeam.transforms.prompt_files.publish import PROMPTS_DIR, FoundPrompts, delete_stores
 from maskbeam.transforms.prompt_files.source import read_names
 from maskbeam.transforms.prompt_files.store import StoreMeta
-from maskbeam.transforms.records import Shard
+from maskbeam.transforms.records import DamagedFile, Shard
 
 _TABLE_DIRS = (ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR)
 _OUR_DIRS = (*_TABLE_DIRS, TEMPORARY_DIR, PROMPTS_DIR)
-
-# In run.json while the labels of an earlier run are being deleted, so that a start after a kill goes on with that.
-_CLEARING = "clearing"
-
-# What may differ between starts of one run: names for people, not what makes the rows, and where the input lies, since
-# a copy of it has the same rows (transforms/labels/reconcile.py looks).
-_NOT_IDENTITY = ("prompt_files", "model", "versions", "coco", "id", "root", "manifest", "format", _CLEARING)
 
 _VERSIONED = ("maskbeam", "apache-beam", "keras", "keras-hub", "tensorflow", "jax", "numpy", "pycocotools", "pyarrow")
 
@@ -57,54 +50,46 @@ def default_backend() -> str:
     return os.environ.get("KERAS_BACKEND", "tensorflow")
 
 
-def describe_run(
-    job: Job, root: str, found: FoundPrompts | None = None, meta: StoreMeta | None = None
-) -> dict[str, Any]:
-    """The content of run.json: settings that affect rows, the model's fingerprint, backend, dtype, root; versions.
+def describe_run(job: Job, root: str, found: FoundPrompts | None = None, meta: StoreMeta | None = None) -> Run:
+    """The run of a job: settings that affect rows, the model's fingerprint, backend, dtype, root; versions.
 
     Args:
       found, meta: the files of --prompts and their store; None = there are none.
     """
-    return {
-        **_describe_prompts(job, found, meta),
-        "format": FORMAT,
-        "root": root,
-        "input_format": job.input.input_format,
-        "chunk_size": job.input.chunk_size,
-        "limit": job.input.limit,
-        "names": asdict(job.read),
-        "exif": job.images.exif,
-        "max_pixels": job.images.max_pixels,
-        "model": job.model.model,
-        "model_fingerprint": model_fingerprint(job.model.model),
-        "dtype": job.model.dtype,
-        "backend": default_backend(),
-        "amg": asdict(job.amg),
-        "versions": versions(),
-    }
+    run = Run(
+        root=root,
+        input_format=job.input.input_format,
+        chunk_size=job.input.chunk_size,
+        limit=job.input.limit,
+        names=asdict(job.read),
+        exif=job.images.exif,
+        max_pixels=job.images.max_pixels,
+        model=job.model.model,
+        model_fingerprint=model_fingerprint(job.model.model),
+        dtype=job.model.dtype,
+        backend=default_backend(),
+        amg=asdict(job.amg),
+        versions=versions(),
+    )
+    return run if job.prompts.prompts is None else _with_prompts(run, job, found, meta)
 
 
-def _describe_prompts(job: Job, found: FoundPrompts | None, meta: StoreMeta | None) -> dict[str, Any]:
+def _with_prompts(run: Run, job: Job, found: FoundPrompts | None, meta: StoreMeta | None) -> Run:
     """What a run with prompts has beside the others."""
     config = job.prompts
-    if config.prompts is None:
-        return {}
     settings = asdict(config)
     del settings["prompts"], settings["categories"]  # the digest has what is in them
-    categories: list[dict[str, Any]] | None = None  # of records only the ids are known
+    records: list[dict[str, Any]] | None = None  # of records only the ids are known
     if meta is not None:
-        categories = to_records(meta.categories) or [OBJECT_CATEGORY]
+        records = to_records(meta.categories) or [OBJECT_CATEGORY]
     elif config.categories is not None:
-        categories = to_records(dict(enumerate(read_names(config.categories))))
-    return {
-        "prompts": {
-            **settings,
-            "prompts_format": "record" if found is None else found.source.format,
-            "prompts_digest": None if found is None else found.digest,
-        },
-        "prompt_files": list(config.prompts),
-        "categories": categories,
+        records = to_records(dict(enumerate(read_names(config.categories))))
+    prompts = {
+        **settings,
+        "prompts_format": "record" if found is None else found.source.format,
+        "prompts_digest": None if found is None else found.digest,
     }
+    return replace(run, prompts=prompts, prompt_files=list(config.prompts or ()), class_records=records)
 
 
 def versions() -> dict[str, str]:
@@ -137,7 +122,7 @@ def model_fingerprint(preset: str) -> str:
     return digest.hexdigest()
 
 
-def claim_output(output: str, run: dict[str, Any], overwrite: bool) -> dict[str, Any]:
+def claim_output(output: str, run: Run, overwrite: bool) -> Run:
     """Writes run.json, or checks that the run in output is this one.
 
     A run has an id: starts that go on with it find the id in run.json, a new run gets a new one. It is written before
@@ -152,19 +137,19 @@ def claim_output(output: str, run: dict[str, Any], overwrite: bool) -> dict[str,
     """
     try:
         path = FileSystems.join(output, RUN_FILE)
-        claimed = {**run, "id": uuid.uuid4().hex}
+        claimed = replace(run, id=uuid.uuid4().hex)
         if FileSystems.exists(path):
-            before = _read_run(path)
-            if not overwrite and not before.get(_CLEARING):
+            before = _read_earlier(output)
+            if not overwrite and not before.clearing:
                 if committed_chunks(output):
                     _check_same_run(before, run, output)
-                if not _changes(before, run):
-                    return {**run, "id": before.get("id")}
-            write_json(path, {**claimed, _CLEARING: True})
+                if not before.changes(run):
+                    return replace(run, id=before.id)
+            write_run(output, replace(claimed, clearing=True))
             _delete_labels(output)
         else:
             _check_empty(output)
-        write_json(path, claimed)
+        write_run(output, claimed)
         return claimed
     except UsageError:
         raise
@@ -174,22 +159,11 @@ def claim_output(output: str, run: dict[str, Any], overwrite: bool) -> dict[str,
         ) from error
 
 
-def _read_run(path: str) -> dict[str, Any]:
-    """A run.json of ours."""
+def _read_earlier(output: str) -> Run:
     try:
-        run = read_json(path)
-    except ValueError as error:
-        raise UsageError(
-            f"{path} is damaged: {error}. Delete it and its directory, or choose another --output."
-        ) from error
-    if not isinstance(run, dict) or not {"model_fingerprint", "root", "amg"} <= run.keys():
-        raise UsageError(f"{path} was not written by maskbeam. Choose another --output.")
-    if isinstance(run.get("format"), int) and run["format"] > FORMAT:
-        raise UsageError(
-            f"{path} was written by a newer maskbeam (format {run['format']}, this one knows {FORMAT}). Update "
-            "maskbeam, or choose another --output."
-        )
-    return run
+        return read_run(output)
+    except (ValueError, DamagedFile) as error:
+        raise UsageError(str(error)) from error
 
 
 def _delete_labels(output: str) -> None:
@@ -217,35 +191,12 @@ def refuse_input_in_output(shards: Iterable[Shard], output: str) -> None:
             )
 
 
-def _check_same_run(before: dict[str, Any], now: dict[str, Any], output: str) -> None:
-    if changes := _changes(before, now):
+def _check_same_run(before: Run, now: Run, output: str) -> None:
+    if changes := before.changes(now):
         raise UsageError(
             f"{output} holds labels made with other settings: {'; '.join(changes)}. Use the same settings to go on, "
             "another --output, or --overwrite to delete those labels."
         )
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    old, new = _flat(before), _flat(now)
-    return [
-        f"{field} was {old.get(field)}, now {new.get(field)}"
-        for field in sorted(old.keys() | new.keys())
-        if old.get(field) != new.get(field)
-    ]
-
-
-def _flat(run: dict[str, Any]) -> dict[str, Any]:
-    """The fields that identify a run, nested ones by their own names, as JSON has them."""
-    flat: dict[str, Any] = {}
-    for name, value in run.items():
-        if name in _NOT_IDENTITY:
-            continue
-        flat.update(value if isinstance(value, dict) else {name: value})
-    return {name: _as_json(value) for name, value in flat.items()}
-
-
-def _as_json(value: Any) -> Any:
-    return [_as_json(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _check_empty(output: str) -> None:

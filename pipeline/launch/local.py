@@ -44,6 +44,7 @@ from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.files.outage import StoreUnavailable
 from maskbeam.transforms.labels.commit import RunReplaced
 from maskbeam.transforms.labels.resume import InputChanged
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.load_model import LoadSam, load_model, use_backend
 from maskbeam.transforms.match_shards import Matched, check_output, match_shards
 from maskbeam.transforms.model_health import ModelBroken
@@ -179,7 +180,7 @@ class _Outcome:
     start_up: dict[str, float] = field(default_factory=dict)
 
 
-def _run_remotely(job: Job, options: PipelineOptions, run: dict[str, Any], load: LoadSam) -> _Outcome:
+def _run_remotely(job: Job, options: PipelineOptions, run: Run, load: LoadSam) -> _Outcome:
     start = time.monotonic()
     try:
         images = run_elsewhere(job, options, run, load)
@@ -218,9 +219,7 @@ class _LocalRunner(FnApiRunner):
         return super().run_via_runner_api(pipeline_proto, options)
 
 
-def _run_here(
-    job: Job, options: PipelineOptions, run: dict[str, Any], matched: Matched, done: Totals, load: LoadSam
-) -> _Outcome:
+def _run_here(job: Job, options: PipelineOptions, run: Run, matched: Matched, done: Totals, load: LoadSam) -> _Outcome:
     """Runs the pipeline in a thread and looks after it from this one."""
     directory = Path(tempfile.gettempdir(), f"maskbeam-{uuid.uuid4().hex}")
     progress_dir = directory / PROGRESS_DIR

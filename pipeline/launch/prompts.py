@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pyarrow.compute as pc
 
@@ -15,6 +14,7 @@ from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.storage import read_json, write_json
 from maskbeam.transforms.labels.layout import SUMMARY_FILE
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.labels.tables import list_chunks, read_images
 from maskbeam.transforms.prompt_files.config import IN_RECORD, PromptFilesError
 from maskbeam.transforms.prompt_files.finder import describe_mismatch
@@ -23,8 +23,8 @@ from maskbeam.transforms.prompt_files.store import StoreMeta, StoreUse
 from maskbeam.transforms.records import Totals
 
 
-def claim(job: Job, root: str) -> tuple[dict[str, Any], StoreMeta | None]:
-    """The content of run.json of an output that is the job's from now on, and the figures of its prompt store.
+def claim(job: Job, root: str) -> tuple[Run, StoreMeta | None]:
+    """The run of an output that is the job's from now on, and the figures of its prompt store.
 
     Raises:
       UsageError: the output is another run's, or the prompts cannot be used.
@@ -44,7 +44,7 @@ def claim(job: Job, root: str) -> tuple[dict[str, Any], StoreMeta | None]:
         raise UsageError(f"the prompts cannot be read, or not be stored: {describe_error(error)}.") from error
 
 
-def report_prompts(job: Job, run: dict[str, Any], totals: Totals, meta: StoreMeta | None) -> str | None:
+def report_prompts(job: Job, run: Run, totals: Totals, meta: StoreMeta | None) -> str | None:
     """Prints what became of the prompts, and notes in summary.json which were not used.
 
     Args:
@@ -58,7 +58,8 @@ def report_prompts(job: Job, run: dict[str, Any], totals: Totals, meta: StoreMet
         print(escape_controls(line))
     if meta is None:
         return None if totals.prompts else describe_mismatch(totals.images, [], None)
-    store = open_store(store_path(output, run["prompts"]["prompts_digest"]))
+    assert run.prompts is not None  # whose store meta is of
+    store = open_store(store_path(output, run.prompts["prompts_digest"]))
     use = store.compare(_keys(output))
     path = FileSystems.join(output, SUMMARY_FILE)
     unused = {"prompts_unused": use.unused, "prompts_unused_images": list(use.unused_shown), "prompts_lost": meta.lost}

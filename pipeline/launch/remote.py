@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from dataclasses import replace
-from typing import Any
 
 import apache_beam as beam
 from apache_beam.metrics import MetricsFilter
@@ -18,6 +17,7 @@ from maskbeam.pipeline.interruption import when_interrupted
 from maskbeam.pipeline.launch.dataflow import IMAGE_MODELS, is_dataflow, makes_template, prepare_dataflow, runner_name
 from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.paths import absolute
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.load_model import LoadSam
 from maskbeam.transforms.presets.embedded import HUB_SCHEMES, check_model_name, embedded_presets
 from maskbeam.transforms.write_parquet import METRICS_NAMESPACE
@@ -105,7 +105,7 @@ def _models_directory(options: PipelineOptions) -> str:
     return f"gs://{bucket or 'BUCKET'}/models/"
 
 
-def run_elsewhere(job: Job, options: PipelineOptions, run: dict[str, Any], load: LoadSam) -> int | None:
+def run_elsewhere(job: Job, options: PipelineOptions, run: Run, load: LoadSam) -> int | None:
     """Submits the job and waits until it is done.
 
     Returns:

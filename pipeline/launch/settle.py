@@ -7,29 +7,28 @@ and what does not count any more is deleted. A start that goes by another manife
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from maskbeam.pipeline.graph import Job
 from maskbeam.pipeline.results import format_some
 from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.paths import absolute, relative_path
-from maskbeam.transforms.files.storage import delete_file, read_json, write_json
+from maskbeam.transforms.files.storage import delete_file
 from maskbeam.transforms.labels.layout import (
     ANNOTATIONS_DIR,
     CANDIDATES_DIR,
     IMAGES_DIR,
-    RUN_FILE,
     SUMMARY_FILE,
     ChunkKey,
     TableFiles,
     list_tables,
     manifest_path,
 )
-from maskbeam.transforms.labels.manifest import FORMAT, Manifest, manifest_to_json, read_manifest, write_manifest
+from maskbeam.transforms.labels.manifest import Manifest, manifest_to_json, read_manifest, write_manifest
 from maskbeam.transforms.labels.reconcile import Before, Reconciled, reconcile, source_of
 from maskbeam.transforms.labels.resume import read_committed
 from maskbeam.transforms.labels.rewrite import delete_leftovers, rewrite_chunk
+from maskbeam.transforms.labels.run_file import FORMAT, Run, read_run, write_run
 from maskbeam.transforms.match_shards import Matched
 from maskbeam.transforms.records import ChunkReport, Totals
 
@@ -42,23 +41,23 @@ class Settled:
     """What this start goes by.
 
     Attributes:
-      run: content of run.json, with the manifest's id.
+      run: with the manifest's id.
       manifest: which chunks there are to be.
       done: totals of those that are committed.
       notes: lines for people about what changed.
     """
 
-    run: dict[str, Any]
+    run: Run
     manifest: Manifest
     done: Totals
     notes: tuple[str, ...]
 
 
-def settle(job: Job, matched: Matched, run: dict[str, Any]) -> Settled:
+def settle(job: Job, matched: Matched, run: Run) -> Settled:
     """Makes the output agree with the input, but for what has to be labeled.
 
     Args:
-      run: content of run.json, from claim_output.
+      run: from claim_output.
 
     Raises:
       InputChanged: see maskbeam.transforms.labels.reconcile.
@@ -73,16 +72,18 @@ def settle(job: Job, matched: Matched, run: dict[str, Any]) -> Settled:
     return _settle(job, matched, run)
 
 
-def _settle(job: Job, matched: Matched, run: dict[str, Any]) -> Settled:
+def _settle(job: Job, matched: Matched, run: Run) -> Settled:
     output = job.output.output
-    found = read_json(FileSystems.join(output, RUN_FILE))
+    found = read_run(output)
     tables = list_labels(job)
-    committed = read_committed(output, tables, run["id"], job.amg.keep_candidates)
-    before = Before(found["root"], read_manifest(output, found), frozenset(tables.num_bytes[IMAGES_DIR]), committed)
+    committed = read_committed(output, tables, run.id, job.amg.keep_candidates)
+    before = Before(
+        found.root, read_manifest(output, found.manifest), frozenset(tables.num_bytes[IMAGES_DIR]), committed
+    )
     patterns = tuple(relative_path(absolute(pattern), matched.root) for pattern in job.input.input)
     result = reconcile(before, matched, patterns, job.output, job.input.chunk_size, job.read, job.input.limit)
     _publish(output, found, before.manifest, result.manifest)
-    run = {**run, "manifest": result.manifest.id}
+    run = replace(run, manifest=result.manifest.id)
     reports = dict(_settled_reports(output, before, result.manifest, run))
     delete_leftovers(output, result.manifest, tables, committed.keys() | reports.keys(), run)
     done = sum((report.totals for report in reports.values()), Totals())
@@ -95,11 +96,11 @@ def list_labels(job: Job) -> TableFiles:
     return list_tables(job.output.output, directories)
 
 
-def _publish(output: str, run: dict[str, Any], before: Manifest | None, now: Manifest) -> None:
+def _publish(output: str, run: Run, before: Manifest | None, now: Manifest) -> None:
     """Makes a manifest the one that holds.
 
     Args:
-      run: content of run.json as it is now.
+      run: as run.json has it now.
     """
     if before is not None and manifest_to_json(before) == manifest_to_json(now):
         return
@@ -107,15 +108,14 @@ def _publish(output: str, run: dict[str, Any], before: Manifest | None, now: Man
     replaced = before is None or before.id != now.id
     if replaced:
         delete_file(FileSystems.join(output, SUMMARY_FILE))
-    if replaced or run["root"] != now.root:
-        content = {**run, "root": now.root, "format": FORMAT, "manifest": now.id}
-        write_json(FileSystems.join(output, RUN_FILE), content)
-    if replaced and run.get("manifest"):
-        delete_file(manifest_path(output, run["manifest"]))
+    if replaced or run.root != now.root:
+        write_run(output, replace(run, root=now.root, format=FORMAT, manifest=now.id))
+    if replaced and run.manifest:
+        delete_file(manifest_path(output, run.manifest))
 
 
 def _settled_reports(
-    output: str, before: Before, manifest: Manifest, run: dict[str, Any]
+    output: str, before: Before, manifest: Manifest, run: Run
 ) -> Iterator[tuple[ChunkKey, ChunkReport]]:
     """The chunks that are done, those that have to be rewritten among them: that is done here."""
     for shard in manifest.shards:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import apache_beam as beam
 import pyarrow.parquet as pq
@@ -20,6 +20,7 @@ from maskbeam.transforms.labels.clear import delete_chunks, delete_temporary
 from maskbeam.transforms.labels.commit import commit_chunk
 from maskbeam.transforms.labels.layout import ChunkKey, OutputConfig, chunk_name, committed_chunks, parse_chunk_name
 from maskbeam.transforms.labels.resume import read_report
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.labels.schema import RUN_KEY
 from maskbeam.transforms.records import (
     CropBox,
@@ -38,7 +39,7 @@ from maskbeam.transforms.records import (
 from maskbeam.transforms.summarize import read_totals, write_summary
 from maskbeam.transforms.write_parquet import TooManyFailures, WriteParquet
 
-RUN: dict[str, Any] = {"root": "/", "versions": {"python": "3"}}
+RUN = Run(root="/", versions={"python": "3"})
 SHARD = Shard("a%2Fs.tar", "/a/s.tar", "tar", (SourceFile("/a/s.tar", 1000),))
 # The 2x2 mask with its right column set: column-major runs [2, 2], "22" compressed.
 MASK = Mask((2, 2), "22", (1.0, 0.0, 1.0, 2.0), 2, 0.5, 0.75, Prompt(((1.5, 0.5),)), (0.0, 0.0, 2.0, 2.0))
@@ -58,7 +59,7 @@ def failed(row: int) -> LabeledImage:
 
 
 def chunk_of(*images: LabeledImage, index: int = 0) -> LabeledChunk:
-    return LabeledChunk(SHARD, index, images, final=False, digest="d1")
+    return LabeledChunk.of(SHARD, index, images, final=False, digest="d1")
 
 
 def files(output: Path) -> set[str]:
@@ -122,7 +123,7 @@ def test_files_are_zstd_and_tell_which_run_made_them(tmp_path: Path) -> None:
         metadata = pq.read_metadata(path)
         columns = range(metadata.num_columns)
         assert {metadata.row_group(0).column(column).compression for column in columns} == {"ZSTD"}
-        assert metadata.metadata[RUN_KEY] == b'{"root": "/", "versions": {"python": "3"}}'
+        assert Run.from_json(json.loads(metadata.metadata[RUN_KEY])) == RUN
 
 
 def test_the_report_comes_back_from_the_images_file(tmp_path: Path) -> None:

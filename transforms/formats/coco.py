@@ -48,16 +48,6 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _UNKNOWN_POINT = [math.nan, math.nan]
 
 
-def run_categories(run: dict[str, Any]) -> Any:
-    """The records of the classes of labels, as their run.json has them; None = of each class only the id is known.
-
-    Without prompts, and where nothing was imported, every mask is an object.
-    """
-    if "coco" in run:
-        return run["coco"].get("categories")
-    return run.get("categories", [OBJECT_CATEGORY])
-
-
 def file_name(image: dict[str, Any]) -> str:
     """COCO's file_name of a row of the images table: where the image lies below the directory of the images.
 
@@ -372,20 +362,23 @@ def is_number(value: Any) -> bool:
 
 
 def add_coco_columns(
-    annotations: pa.Table, images: pa.Table, image_records: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]
+    tables: tuple[pa.Table, pa.Table], records: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]]
 ) -> tuple[pa.Table, pa.Table]:
     """The tables of imported images, with what the records have beside the columns.
 
     Args:
-      annotations, images: as schema.chunk_to_tables makes them.
-      image_records, records: of their rows, as group_by_image gives them.
+      tables: annotations and images, as schema.chunk_to_tables makes them.
+      records: of their images with those of their annotations, as group_by_image gives them.
     """
+    annotations, images = tables
+    of_images = [image for image, _ in records]
+    of_annotations = [annotation for _, annotations in records for annotation in annotations]
     kept_images = [
-        _beside(record, image_to_coco(row, 0)) for row, record in zip(images.to_pylist(), image_records, strict=True)
+        _beside(record, image_to_coco(row, 0)) for row, record in zip(images.to_pylist(), of_images, strict=True)
     ]
     kept = [
         _beside(record, annotation_to_coco(row, 0, record["image_id"]))
-        for row, record in zip(annotations.to_pylist(), records, strict=True)
+        for row, record in zip(annotations.to_pylist(), of_annotations, strict=True)
     ]
     return (
         annotations.append_column(COCO_FIELD, pa.array(kept, COCO_FIELD.type)),

@@ -20,8 +20,8 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,6 +40,7 @@ from maskbeam.transforms.labels.layout import (
     TEMPORARY_DIR,
     ChunkKey,
 )
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.labels.schema import (
     chunk_to_candidates,
     chunk_to_tables,
@@ -53,12 +54,18 @@ class RunReplaced(RuntimeError):
     """The output directory belongs to another run by now."""
 
 
-def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> ChunkReport:
-    """Writes a chunk's files and makes them visible, images last.
+Tables = tuple[pa.Table, pa.Table]
+
+
+def commit_chunk(
+    chunk: LabeledChunk, output: str, run: Run, extend: Callable[[Tables], Tables] = lambda tables: tables
+) -> ChunkReport:
+    """Writes a chunk's files and makes them visible, images last: the one writer of labels.
 
     Args:
       output: directory of the labels.
-      run: content of run.json; goes into the files' metadata.
+      run: goes into the files' metadata.
+      extend: adds columns of its own to the annotations and images tables.
 
     Returns:
       the report of the committed chunk, which an earlier attempt may have committed.
@@ -68,18 +75,18 @@ def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> Chunk
       RunReplaced: the directory belongs to another run by now.
     """
     start = time.perf_counter()
-    key = ChunkKey(chunk.shard.name, chunk.index, chunk.shard.generation_of(chunk.index))
+    key = ChunkKey(chunk.shard, chunk.index, chunk.generation)
     report = ChunkReport(
         key.shard,
         key.index,
         chunk.final,
         chunk.digest,
-        chunk.shard.source,
+        chunk.source,
         totals=chunk.totals(),
-        run_id=run.get("id"),
+        run_id=run.id,
         generation=key.generation,
     )
-    annotations, images = chunk_to_tables(chunk, report, run)
+    annotations, images = extend(chunk_to_tables(chunk, report, run))
     tables = {ANNOTATIONS_DIR: annotations, IMAGES_DIR: images}
     if chunk.keep_candidates:
         tables[CANDIDATES_DIR] = chunk_to_candidates(chunk, report, run)
@@ -88,14 +95,13 @@ def commit_chunk(chunk: LabeledChunk, output: str, run: dict[str, Any]) -> Chunk
     return replace(report, totals=replace(report.totals, seconds=seconds))
 
 
-def commit_tables(tables: dict[str, pa.Table], name: str, output: str, run: dict[str, Any]) -> ChunkReport:
+def commit_tables(tables: dict[str, pa.Table], name: str, output: str, run: Run) -> ChunkReport:
     """Writes the tables of a chunk and makes them visible, images last; what fails is tried three times.
 
     Args:
       tables: by their directories, IMAGES_DIR among them.
       name: of the files, from chunk_name.
       output: directory of the labels.
-      run: content of run.json.
 
     Returns:
       the report of the committed chunk, which an earlier attempt may have committed.
@@ -127,9 +133,7 @@ def commit_tables(tables: dict[str, pa.Table], name: str, output: str, run: dict
         ) from error
 
 
-def _commit_files(
-    files: dict[str, bytes], name: str, output: str, run: dict[str, Any], report: ChunkReport
-) -> ChunkReport:
+def _commit_files(files: dict[str, bytes], name: str, output: str, run: Run, report: ChunkReport) -> ChunkReport:
     """One try."""
     attempt = uuid.uuid4().hex
     temporaries = {
@@ -211,7 +215,7 @@ def read_report_file(path: str) -> ChunkReport | None:
         return None
 
 
-def check_run(output: str, run: dict[str, Any]) -> None:
+def check_run(output: str, run: Run) -> None:
     """Checks that the output directory still belongs to this run.
 
     It is asked right before a chunk becomes visible. A chunk that passes just before the directory is taken is late by
@@ -219,12 +223,12 @@ def check_run(output: str, run: dict[str, Any]) -> None:
 
     Args:
       output: directory of the labels.
-      run: content of run.json; without an id, nothing is checked.
+      run: without an id, nothing is checked.
 
     Raises:
       RunReplaced: it belongs to another one, or was deleted.
     """
-    if "id" not in run:
+    if run.id is None:
         return
     path = FileSystems.join(output, RUN_FILE)
     try:
@@ -236,12 +240,12 @@ def check_run(output: str, run: dict[str, Any]) -> None:
         raise RunReplaced(
             f"{path} is gone: somebody deleted or moved the output while labels were written to it."
         ) from error
-    if found.get("id") != run["id"]:
+    if found.get("id") != run.id:
         raise RunReplaced(
             f"{output} belongs to another run since: a later start has replaced {RUN_FILE}, with --overwrite or before "
             "anything was labeled. This start commits nothing more. Choose another --output for one of the two."
         )
-    if found.get("manifest") != run.get("manifest"):
+    if found.get("manifest") != run.manifest:
         raise RunReplaced(
             f"another start goes on with {output}: it saw other input files than this one, or was to retry failed "
             "images. This start commits nothing more. What it has committed stays."

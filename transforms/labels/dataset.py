@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from maskbeam.transforms.images import ImageConfig
+from maskbeam.transforms.labels.run_file import read_run
 from maskbeam.transforms.labels.schema import row_to_mask
-from maskbeam.transforms.labels.tables import read_chunks, read_run
+from maskbeam.transforms.labels.tables import read_chunks
 from maskbeam.transforms.masks.rle import counts_to_mask
 from maskbeam.transforms.photos import PhotoMissing, Photos, open_photo
-from maskbeam.transforms.readers.samples import ReadConfig
 from maskbeam.transforms.records import Mask
 
 
@@ -65,8 +65,7 @@ def open_labels(labels: str, images: str | Sequence[str] | None = None) -> Itera
       DamagedFile: a file of the labels is damaged.
     """
     run = read_run(labels)
-    photos = find_photos(run, [images] if isinstance(images, str) else images)
-    config = image_config(run)
+    photos = Photos(run.root or "/", [images] if isinstance(images, str) else images, run.input_format, run.read_config)
     return (
         ImageLabels(
             row["image_id"],
@@ -76,7 +75,7 @@ def open_labels(labels: str, images: str | Sequence[str] | None = None) -> Itera
             tuple(row_to_mask(mask) for mask in masks),
             row,
             photos,
-            config,
+            run.image_config,
         )
         for chunk in read_chunks(labels)
         for row, masks in chunk.rows()
@@ -86,18 +85,3 @@ def open_labels(labels: str, images: str | Sequence[str] | None = None) -> Itera
 def decode_mask(mask: Mask) -> np.ndarray:
     """The pixels of a mask, (H, W) bool."""
     return counts_to_mask(mask.counts, mask.size_hw)
-
-
-def find_photos(run: dict[str, Any], images: Sequence[str] | None) -> Photos:
-    """The photos of a run, there or where they were when they were labeled (None).
-
-    Args:
-      run: content of run.json.
-    """
-    names = {name: tuple(value) for name, value in run.get("names", {}).items()}
-    return Photos(run.get("root") or "/", images, run.get("input_format"), ReadConfig(**names))
-
-
-def image_config(run: dict[str, Any]) -> ImageConfig:
-    """How a run's images were decoded."""
-    return ImageConfig(run.get("exif", "apply"), run.get("max_pixels", ImageConfig.max_pixels))

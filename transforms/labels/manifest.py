@@ -104,14 +104,12 @@ def write_manifest(output: str, manifest: Manifest) -> None:
         raise OSError(f"cannot write {path}: {describe_error(error)}") from error
 
 
-def read_manifest(output: str, run: dict[str, Any]) -> Manifest | None:
-    """The manifest that run.json names; None if there is none, or a damaged one.
-
-    Args:
-      run: content of run.json.
-    """
-    path = manifest_path(output, run.get("manifest") or "none")
-    if "manifest" not in run or not path_exists(path):
+def read_manifest(output: str, manifest_id: str | None) -> Manifest | None:
+    """The manifest that run.json names; None if it names none, or there is none, or a damaged one."""
+    if manifest_id is None:
+        return None
+    path = manifest_path(output, manifest_id)
+    if not path_exists(path):
         return None
     try:
         content = read_json(path)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
 
 import pyarrow as pa
 
@@ -21,13 +20,12 @@ from maskbeam.transforms.files.storage import delete_files
 from maskbeam.transforms.labels.commit import check_run, commit_tables, read_report_file
 from maskbeam.transforms.labels.layout import ANNOTATIONS_DIR, IMAGES_DIR, ChunkKey, TableFiles, chunk_name
 from maskbeam.transforms.labels.manifest import Manifest
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.labels.schema import row_to_dropped, with_report
 from maskbeam.transforms.records import MAX_FAILURES_SHOWN, ChunkReport, Dropped, Shard, Totals, escape_name
 
 
-def rewrite_chunk(
-    output: str, source: ChunkKey, report: ChunkReport, entry: Shard, root: str, run: dict[str, Any]
-) -> ChunkReport:
+def rewrite_chunk(output: str, source: ChunkKey, report: ChunkReport, entry: Shard, root: str, run: Run) -> ChunkReport:
     """Commits a chunk of loose files with those rows of an earlier generation whose files it still has.
 
     Args:
@@ -35,7 +33,6 @@ def rewrite_chunk(
       report: of it.
       entry: the new chunk.
       root: directory that image ids are relative to.
-      run: content of run.json.
 
     Raises:
       RunReplaced: another start goes on with the output.
@@ -51,7 +48,7 @@ def rewrite_chunk(
         digest=entry.digest,
         source=entry.source,
         totals=_totals(tables[IMAGES_DIR], report.totals, entry),
-        run_id=run.get("id"),
+        run_id=run.id,
         generation=entry.generation,
         siblings=None,
     )
@@ -95,7 +92,7 @@ def _read_table(path: str) -> pa.Table:
 
 
 def delete_leftovers(
-    output: str, manifest: Manifest, tables: TableFiles, committed: Collection[ChunkKey], run: dict[str, Any]
+    output: str, manifest: Manifest, tables: TableFiles, committed: Collection[ChunkKey], run: Run
 ) -> None:
     """Deletes the chunks that do not count: replaced ones, and those of files that are gone.
 

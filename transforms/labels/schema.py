@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.masks.rank import rank_masks
 from maskbeam.transforms.records import (
     ChunkReport,
@@ -310,7 +311,7 @@ def row_to_dropped(row: dict[str, Any]) -> Dropped:
     return Dropped(**{f.name: row.get(f"dropped_{f.name}") or 0 for f in fields(Dropped)})
 
 
-def chunk_to_candidates(chunk: LabeledChunk, report: ChunkReport, run: dict[str, Any]) -> pa.Table:
+def chunk_to_candidates(chunk: LabeledChunk, report: ChunkReport, run: Run) -> pa.Table:
     """The candidates table of a chunk: images, their crops and the crops' candidates in the order they came in."""
     found = [
         (image, index, candidate)
@@ -339,21 +340,21 @@ def chunk_to_candidates(chunk: LabeledChunk, report: ChunkReport, run: dict[str,
     return pa.Table.from_arrays(arrays, schema=CANDIDATES.with_metadata(_metadata_without_totals(report, run)))
 
 
-def chunk_to_tables(chunk: LabeledChunk, report: ChunkReport, run: dict[str, Any]) -> tuple[pa.Table, pa.Table]:
-    """The annotations and images tables of a chunk, with the report and run.json's content in their metadata."""
+def chunk_to_tables(chunk: LabeledChunk, report: ChunkReport, run: Run) -> tuple[pa.Table, pa.Table]:
+    """The annotations and images tables of a chunk, with the report and the run in their metadata."""
     annotations = [row for image in chunk.images for row in annotation_rows(image)]
-    images = [image_row(image, chunk.shard.path) for image in chunk.images]
+    images = [image_row(image, chunk.path) for image in chunk.images]
     return (
         pa.Table.from_pylist(annotations, schema=ANNOTATIONS.with_metadata(_metadata_without_totals(report, run))),
         pa.Table.from_pylist(images, schema=IMAGES.with_metadata(_metadata(report, run))),
     )
 
 
-def _metadata(report: ChunkReport, run: dict[str, Any]) -> dict[bytes, str]:
-    return {REPORT_KEY: json.dumps(asdict(report)), RUN_KEY: json.dumps(run, sort_keys=True)}
+def _metadata(report: ChunkReport, run: Run) -> dict[bytes, str]:
+    return {REPORT_KEY: json.dumps(asdict(report)), RUN_KEY: run.to_footer()}
 
 
-def _metadata_without_totals(report: ChunkReport, run: dict[str, Any]) -> dict[bytes, str]:
+def _metadata_without_totals(report: ChunkReport, run: Run) -> dict[bytes, str]:
     """For the files beside the images file: every attempt at a chunk writes the same bytes, however long it took."""
     return _metadata(replace(report, totals=Totals()), run)
 

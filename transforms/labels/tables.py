@@ -17,49 +17,25 @@ from typing import IO, Any
 import pyarrow as pa
 
 from maskbeam.transforms.files.parquet_file import open_parquet, read_table
-from maskbeam.transforms.files.storage import MAX_JSON_BYTES, read_json, read_json_bytes
-from maskbeam.transforms.files.strict_json import parse_json
-from maskbeam.transforms.files.systems import check_scheme, join_path, open_path, path_exists
-from maskbeam.transforms.formats.coco import COCO_FIELD, category_ids, run_categories
-from maskbeam.transforms.images import ImageConfig
+from maskbeam.transforms.files.storage import read_json
+from maskbeam.transforms.files.systems import join_path, open_path, path_exists
+from maskbeam.transforms.formats.coco import COCO_FIELD
 from maskbeam.transforms.labels.check_tables import check_annotations, check_candidates, check_images
 from maskbeam.transforms.labels.layout import (
     ANNOTATIONS_DIR,
     CANDIDATES_DIR,
     IMAGES_DIR,
-    RUN_FILE,
     SUMMARY_FILE,
     ChunkKey,
     list_tables,
 )
 from maskbeam.transforms.labels.manifest import newest, read_manifest
+from maskbeam.transforms.labels.run_file import parse_run, read_run, read_run_bytes
 from maskbeam.transforms.labels.schema import ANNOTATIONS, CANDIDATES, IMAGES, OPTIONAL
 from maskbeam.transforms.masks.amg import AmgConfig
-from maskbeam.transforms.masks.rle import MAX_PIXELS
-from maskbeam.transforms.readers.samples import ReadConfig
 from maskbeam.transforms.records import DamagedFile
 
 _log = logging.getLogger(__name__)
-
-_EXPECTED = "Expected the --output of `maskbeam label`, `refine` or `import`."
-_MADE_BY_US = {"root", "model_fingerprint", "amg"}
-
-# Fields of run.json that others than run.json's own comparison look at, all but _MADE_BY_US may be missing.
-_KINDS: dict[str, tuple[type, ...]] = {
-    "root": (str, type(None)),
-    "input_format": (str, type(None)),
-    "model": (str, type(None)),
-    "model_fingerprint": (str, type(None)),
-    "exif": (str,),
-    "max_pixels": (int,),
-    "amg": (dict,),
-    "names": (dict,),
-    "versions": (dict,),
-    "refined_from": (dict,),
-    "coco": (dict,),
-    "prompts": (dict,),
-    "categories": (list, type(None)),
-}
 
 
 @dataclass(frozen=True)
@@ -87,68 +63,14 @@ class ChunkTables:
             yield image, masks.get(image["image_id"], [])
 
 
-def read_run(labels: str) -> dict[str, Any]:
-    """The content of run.json.
-
-    Args:
-      labels: directory that `maskbeam label`, `refine` or `import` wrote, on any Beam file system.
-
-    Raises:
-      ValueError: the directory is not one of ours.
-      DamagedFile: it is, but run.json is damaged.
-    """
-    return _parse_run(labels, _read_run(labels))
-
-
-def _read_run(labels: str) -> bytes:
-    path = join_path(labels, RUN_FILE)
-    check_scheme(path)
-    try:
-        return read_json_bytes(path, MAX_JSON_BYTES)
-    except OSError as error:
-        if path_exists(path):
-            raise
-        raise ValueError(f"{labels} holds no labels: there is no {RUN_FILE}. {_EXPECTED}") from error
-    except ValueError as error:
-        raise _damaged_run(path, error) from error
-
-
-def _parse_run(labels: str, data: bytes) -> dict[str, Any]:
-    path = join_path(labels, RUN_FILE)
-    try:
-        run = parse_json(data)
-    except ValueError as error:
-        raise _damaged_run(path, error) from error
-    if not isinstance(run, dict) or not run.keys() >= _MADE_BY_US:
-        raise ValueError(f"{path} was not written by maskbeam. {_EXPECTED}")
-    try:
-        for name, kinds in _KINDS.items():
-            if name in run and type(run[name]) not in kinds:
-                raise ValueError(f"its {name} is {str(run[name])[:100]!r}; expected {kinds[0].__name__}")
-        ReadConfig(**{name: tuple(names) for name, names in run.get("names", {}).items()})
-        ImageConfig(run.get("exif", ImageConfig.exif), run.get("max_pixels", ImageConfig.max_pixels))
-        _category_ids(run)
-    except (ValueError, TypeError) as error:  # TypeError: the settings of another version
-        raise _damaged_run(path, error) from error
-    return run
-
-
-def _damaged_run(path: str, error: Exception) -> DamagedFile:
-    return DamagedFile(f"{path} is damaged: {error}. Label again, into another --output.")
-
-
-def _category_ids(run: dict[str, Any]) -> frozenset[int] | None:
-    """The classes that masks may have; None = any."""
-    categories = run_categories(run)
-    return None if categories is None else category_ids(categories)
-
-
 @lru_cache(maxsize=4)
 def _limits(labels: str, data: bytes) -> tuple[int, frozenset[int] | None]:
-    """What run.json says of the rows: pixels that an image may have, and _category_ids. By its content, since a
-    directory may be labeled again."""
-    run = _parse_run(labels, data)
-    return min(run.get("max_pixels", MAX_PIXELS), MAX_PIXELS), _category_ids(run)
+    """What run.json says of the rows: pixels that an image may have, and classes that masks may have; None = any.
+
+    By its content, since a directory may be labeled again.
+    """
+    run = parse_run(labels, data)
+    return run.most_pixels, run.category_ids
 
 
 def list_chunks(labels: str) -> list[ChunkKey]:
@@ -159,8 +81,7 @@ def list_chunks(labels: str) -> list[ChunkKey]:
     Raises:
       ValueError: there is none, some that the summary counts are missing, or the directory is not one of ours.
     """
-    run = read_run(labels)
-    manifest = read_manifest(labels, run)
+    manifest = read_manifest(labels, read_run(labels).manifest)
     committed = list_tables(labels, (IMAGES_DIR, ANNOTATIONS_DIR)).committed()
     chunks = newest(committed) if manifest is None else manifest.counting(committed)
     if not chunks:
@@ -190,7 +111,7 @@ def read_chunk(labels: str, chunk: ChunkKey) -> ChunkTables:
     Raises:
       DamagedFile: a file is not what it should be; names it, and the row.
     """
-    max_pixels, categories = _limits(labels, _read_run(labels))
+    max_pixels, categories = _limits(labels, read_run_bytes(labels))
     name = chunk.file_name
     images = _read_checked_images(labels, name, max_pixels)
     with _reading(join_path(labels, ANNOTATIONS_DIR, name)) as file:
@@ -222,7 +143,7 @@ def read_images(labels: str, chunks: list[ChunkKey], columns: list[str]) -> Iter
     Raises:
       DamagedFile: a file is not what it should be; names it, and the row.
     """
-    max_pixels, _ = _limits(labels, _read_run(labels))
+    max_pixels, _ = _limits(labels, read_run_bytes(labels))
     for chunk in chunks:
         yield _read_checked_images(labels, chunk.file_name, max_pixels).select(columns)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from maskbeam.transforms.formats.coco import run_categories
-from maskbeam.transforms.labels.tables import read_chunks, read_run
+from maskbeam.transforms.labels.run_file import read_run
+from maskbeam.transforms.labels.tables import read_chunks
 from maskbeam.transforms.prompt_files.rows import make_batch
 
 
@@ -21,8 +21,8 @@ def label_categories(labels: str) -> dict[int, str]:
       ValueError: it holds none.
       DamagedFile: its run.json is not what it should be.
     """
-    run = read_run(labels)
-    return {record["id"]: record.get("name", str(record["id"])) for record in run_categories(run) or []}
+    records = read_run(labels).categories or []
+    return {record["id"]: record.get("name", str(record["id"])) for record in records}
 
 
 def read_label_prompts(labels: str) -> Iterator[pa.RecordBatch]:

@@ -19,8 +19,9 @@ from pycocotools.coco import COCO
 
 from maskbeam.pipeline import cli
 from maskbeam.pipeline.commands import import_coco
+from maskbeam.transforms.labels.run_file import read_run
 from maskbeam.transforms.labels.schema import ANNOTATIONS, IMAGES, report_from_metadata, row_to_mask
-from maskbeam.transforms.labels.tables import read_chunks, read_run
+from maskbeam.transforms.labels.tables import read_chunks
 from tests.conftest import label, photo_bytes, read_labels, write_photos
 from tests.transforms.readers.test_shard import images_tar
 
@@ -113,7 +114,7 @@ def test_the_labels_are_like_those_of_label(source: Path, output: Path) -> None:
         ("9", 8, 6, 3),
         ("4", 8, 6, 0),
     ]
-    assert read_run(str(output))["coco"]["categories"] == instances()["categories"]
+    assert read_run(str(output)).categories == instances()["categories"]
     assert json.loads((output / "summary.json").read_text())["masks"] == 3
     assert not (output / "_tmp").exists()
 

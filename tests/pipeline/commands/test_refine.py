@@ -24,6 +24,7 @@ from maskbeam.pipeline.commands import refine as refine_command
 from maskbeam.pipeline.exits import UsageError
 from maskbeam.transforms.labels.layout import committed_chunks
 from maskbeam.transforms.labels.refine import COLUMNS, refine_chunk
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.labels.schema import (
     CANDIDATES,
     annotation_rows,
@@ -88,12 +89,12 @@ def label_picture(number: int, config: AmgConfig) -> LabeledImage:
 def stored(crop_n_layers: int) -> tuple[AmgConfig, pa.Table, pa.Table]:
     """The images and the candidates tables of two pictures, and the settings that they were labeled with."""
     config = AmgConfig(**GRID, **BAR, crop_n_layers=crop_n_layers, keep_candidates=True)
-    chunk = LabeledChunk(
+    chunk = LabeledChunk.of(
         SHARD, 0, tuple(label_picture(number, config) for number in (1, 2)), True, "d", keep_candidates=True
     )
     report = ChunkReport(SHARD.name, 0, True, "d", "", chunk.totals())
-    _, images = chunk_to_tables(chunk, report, {})
-    return config, images, chunk_to_candidates(chunk, report, {})
+    _, images = chunk_to_tables(chunk, report, Run())
+    return config, images, chunk_to_candidates(chunk, report, Run())
 
 
 def rows_of(image: LabeledImage) -> tuple[list[dict[str, Any]], dict[str, Any]]:

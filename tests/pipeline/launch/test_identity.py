@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,17 +15,18 @@ import pytest
 from maskbeam.pipeline.exits import UsageError
 from maskbeam.pipeline.launch.identity import claim_output, describe_run, model_fingerprint, refuse_input_in_output
 from maskbeam.pipeline.options import parse_label
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.presets.embedded import resolve_preset
 from maskbeam.transforms.records import Shard
 from tests.conftest import label
 from tests.memory_store import STORE
 
 
-def describe(*flags: str, root: str = "/data") -> dict[str, Any]:
+def describe(*flags: str, root: str = "/data") -> Run:
     return describe_run(parse_label(["--input", "/data", "--output", "/labels", *flags])[0], root)
 
 
-def claim(output: Path, run: dict[str, Any], overwrite: bool = False) -> None:
+def claim(output: Path, run: Run, overwrite: bool = False) -> None:
     claim_output(str(output), run, overwrite)
 
 
@@ -71,7 +72,7 @@ def test_the_same_run_goes_on(claimed: Path, flags: list[str]) -> None:
 
 
 def test_other_versions_of_the_libraries_go_on(claimed: Path) -> None:
-    claim(claimed, {**describe(), "versions": {"keras": "99"}})
+    claim(claimed, replace(describe(), versions={"keras": "99"}))
 
 
 def test_the_same_model_at_another_place_goes_on(claimed: Path, preset: Path) -> None:
@@ -124,8 +125,8 @@ def test_another_root_goes_on(claimed: Path) -> None:
 
 
 def test_labels_of_a_newer_version_are_refused(claimed: Path) -> None:
-    (claimed / "run.json").write_text(json.dumps({**describe(), "format": 3}))
-    with pytest.raises(UsageError, match=r"was written by a newer maskbeam \(format 3, this one knows 2\)"):
+    (claimed / "run.json").write_text(json.dumps({**describe().to_json(), "format": 4}))
+    with pytest.raises(UsageError, match=r"was written by a newer maskbeam \(format 4, this one knows 3\)"):
         claim(claimed, describe())
 
 

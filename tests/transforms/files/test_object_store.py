@@ -396,7 +396,7 @@ def test_a_start_that_has_nothing_left_to_do_lists_a_few_times_and_reads_each_fo
 def test_a_commit_takes_few_requests(memory: ObjectStore) -> None:
     memory.put("labels/run.json", b'{"id": "1"}')
     STORE.requests.clear()
-    commit_chunk(chunk_of(labeled(0)), "mem://bucket/labels", {**RUN, "id": "1"})
+    commit_chunk(chunk_of(labeled(0)), "mem://bucket/labels", replace(RUN, id="1"))
     # Both files are put, copied and deleted where they were; run.json is read; an images file of another attempt is
     # looked for before anything is published, and before the mark is.
     assert STORE.requests == {"put": 2, "copy": 2, "delete": 2, "get": 1, "head": 2}
@@ -441,7 +441,7 @@ def test_a_commit_to_s3_takes_few_requests(s3_server: ObjectStore) -> None:
     parse_label(["--input", "x", "--output", "y", *s3_server.flags])
     s3_server.put("commit/run.json", b'{"id": "1"}')
     requests, _, stop = s3_requests(s3_server)
-    commit_chunk(chunk_of(labeled(0)), f"{s3_server.uri}/commit", {**RUN, "id": "1"})
+    commit_chunk(chunk_of(labeled(0)), f"{s3_server.uri}/commit", replace(RUN, id="1"))
     stop()
     # As on mem://, but Beam uploads in three requests, and looks for a file before it reads or copies it.
     uploads = {"CreateMultipartUpload": 2, "UploadPart": 2, "CompleteMultipartUpload": 2}

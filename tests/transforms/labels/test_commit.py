@@ -26,10 +26,11 @@ from apache_beam.io.filesystems import FileSystems
 
 from maskbeam.pipeline.exits import UsageError
 from maskbeam.pipeline.launch.identity import claim_output
-from maskbeam.transforms.files.storage import read_json, write_json
+from maskbeam.transforms.files.storage import read_json
 from maskbeam.transforms.labels.commit import RunReplaced, commit_chunk
 from maskbeam.transforms.labels.layout import ChunkKey, chunk_name, committed_chunks, list_tables
 from maskbeam.transforms.labels.resume import finished_reports, read_report
+from maskbeam.transforms.labels.run_file import Run, write_run
 from maskbeam.transforms.labels.schema import RUN_KEY
 from maskbeam.transforms.records import LabeledChunk, Seconds, Totals
 from maskbeam.transforms.summarize import write_summary
@@ -38,8 +39,8 @@ from tests.memory_store import STORE
 from tests.transforms.test_write_parquet import MASK, SHARD, chunk_of, failed, labeled
 
 OUTPUT = "mem://bucket/labels"
-RUN: dict[str, Any] = {"root": "/a", "model_fingerprint": "f", "amg": {}, "versions": {}}
-CLAIMED = {**RUN, "id": "1"}
+RUN = Run(root="/a", model_fingerprint="f")
+CLAIMED = replace(RUN, id="1")
 
 # What a reader sees of a chunk: of each table the rows that differ between the chunks here.
 View = tuple[list[str], list[float]]
@@ -76,9 +77,9 @@ def start_from(before: LabeledChunk | None, run_id: str = "0") -> View | None:
     """A store of the run CLAIMED; the chunk there is of another run, unless its id is given."""
     STORE.reset()
     if before is not None:
-        write_json(f"{OUTPUT}/run.json", {**RUN, "id": run_id})
-        commit_chunk(before, OUTPUT, {**RUN, "id": run_id})
-    write_json(f"{OUTPUT}/run.json", CLAIMED)
+        write_run(OUTPUT, replace(RUN, id=run_id))
+        commit_chunk(before, OUTPUT, replace(RUN, id=run_id))
+    write_run(OUTPUT, CLAIMED)
     return None if before is None else OLD_VIEW
 
 
@@ -165,7 +166,7 @@ class Killed(BaseException):
 def second_attempts(chunk: LabeledChunk) -> Iterator[bool]:
     """Attempts at a chunk that is there, each killed a request later; True for the one that came to its end."""
     for number in range(1, 100):
-        start_from(OLD, CLAIMED["id"])
+        start_from(OLD, "1")
         seen: list[View | None] = []
         left = number
 
@@ -196,7 +197,7 @@ def test_a_second_attempt_killed_at_any_request_never_touches_the_committed_chun
         files = {path: data for path, data in STORE.objects.items() if "/_tmp/" not in path}
         assert view() == OLD_VIEW
         assert not ended or not temporaries()
-    start_from(OLD, CLAIMED["id"])
+    start_from(OLD, "1")
     assert files.keys() == STORE.objects.keys()
 
 
@@ -205,7 +206,7 @@ def test_on_a_disk_too_a_second_attempt_killed_at_any_call_never_touches_the_com
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
     output = str(tmp_path)
-    write_json(f"{output}/run.json", CLAIMED)
+    write_run(str(output), CLAIMED)
     commit_chunk(OLD, output, CLAIMED)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}
     calls = left = 0
@@ -296,7 +297,7 @@ def test_two_processes_race_on_one_chunk_and_one_is_killed_at_random(tmp_path: P
     killed = 0
     for number in range(50):
         output = tmp_path / str(number)
-        write_json(f"{output}/run.json", CLAIMED)
+        write_run(str(output), CLAIMED)
         barrier = processes.Barrier(2)
         racers = [
             processes.Process(target=race, args=(barrier, str(output), coin.randrange(130) if role else None))
@@ -354,7 +355,7 @@ def test_a_commit_that_lost_its_temporary_files_to_another_starts_cleaning_is_do
 
 def test_nothing_is_committed_into_a_directory_of_another_run() -> None:
     start_from(OLD)
-    write_json(f"{OUTPUT}/run.json", {**RUN, "id": "2"})
+    write_run(OUTPUT, replace(RUN, id="2"))
     with pytest.raises(RunReplaced, match=r"labels belongs to another run since.*Choose another --output"):
         commit_chunk(NEW, OUTPUT, CLAIMED)
     with pytest.raises(RunReplaced):
@@ -440,9 +441,9 @@ def do_start(schedule: Schedule, name: str, iou: float, overwrite: bool = False)
     mask = replace(MASK, predicted_iou=iou)
     (other,) = {"x", "y"} - {name}
     try:
-        run = claim_output(OUTPUT, {**RUN, "amg": {"pred_iou_thresh": iou}}, overwrite)
+        run = claim_output(OUTPUT, replace(RUN, amg={"pred_iou_thresh": iou}), overwrite)
         shard = replace(SHARD, digest="d1")
-        done = finished_reports(shard, list_tables(OUTPUT).committed(), OUTPUT, run["id"])
+        done = finished_reports(shard, list_tables(OUTPUT).committed(), OUTPUT, run.id)
         for index in sorted(set(range(NUM_CHUNKS)) - {report.index for report in done}):
             while other in schedule.publishing:  # labeling a chunk takes longer than the few requests of a commit
                 schedule.step()
@@ -493,7 +494,7 @@ def check_rows(ious: tuple[float, ...]) -> None:
 @pytest.mark.processes
 @pytest.mark.parametrize("seed", range(60))
 def test_two_starts_of_one_run_end_in_the_same_rows(seed: int) -> None:
-    assert claim_output(OUTPUT, {**RUN, "amg": {"pred_iou_thresh": 0.5}}, False)["id"]
+    assert claim_output(OUTPUT, replace(RUN, amg={"pred_iou_thresh": 0.5}), False).id
     assert run_two(seed, 0.5, 0.5, overwrite=False) == {"x": "done", "y": "done"}
     check_rows((0.5,))
 
@@ -536,7 +537,7 @@ def test_a_start_that_was_killed_while_deleting_labels_leaves_a_directory_that_t
 
         STORE.on_request = dies
         try:
-            claim_output(OUTPUT, {**RUN, "amg": {"pred_iou_thresh": 0.25}}, True)
+            claim_output(OUTPUT, replace(RUN, amg={"pred_iou_thresh": 0.25}), True)
             break
         except KeyboardInterrupt:
             pass

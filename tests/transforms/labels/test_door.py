@@ -28,8 +28,9 @@ from hypothesis import strategies as st
 from maskbeam.pipeline import cli
 from maskbeam.transforms.labels.layout import ChunkKey
 from maskbeam.transforms.labels.refine import COLUMNS
+from maskbeam.transforms.labels.run_file import read_run
 from maskbeam.transforms.labels.schema import OPTIONAL, row_to_image
-from maskbeam.transforms.labels.tables import list_chunks, read_candidates, read_chunk, read_chunks, read_run
+from maskbeam.transforms.labels.tables import list_chunks, read_candidates, read_chunk, read_chunks
 from maskbeam.transforms.masks.amg import AmgConfig
 from maskbeam.transforms.records import DamagedFile
 from tests.conftest import label, photo_bytes, write_photos
@@ -246,7 +247,7 @@ def test_a_damaged_candidate_is_named(labels: Path, column: str, value: Any, tol
     stable = next(i for i, row in enumerate(pq.read_table(path).to_pylist()) if i and row["stability_score"] > 0.9)
     rewrite(path, change_value(column, value, 1 if column == "image_id" else stable))
     images = read_chunk(str(labels), ChunkKey("@root", 0)).images
-    config = AmgConfig.from_dict(read_run(str(labels))["amg"])
+    config = AmgConfig.from_dict(read_run(str(labels)).amg)
     with pytest.raises(DamagedFile, match=re.escape(told)) as error:
         read_candidates(str(labels), ChunkKey("@root", 0), images, COLUMNS, config)
     assert str(error.value).startswith(f"{path} cannot be read: ")
@@ -255,7 +256,7 @@ def test_a_damaged_candidate_is_named(labels: Path, column: str, value: Any, tol
 def test_candidates_beyond_those_that_were_counted_are_an_error(labels: Path) -> None:
     rewrite(labels / "images" / CHUNK, change_value("num_candidates", 3, 0))
     images = read_chunk(str(labels), ChunkKey("@root", 0)).images
-    config = AmgConfig.from_dict(read_run(str(labels))["amg"])
+    config = AmgConfig.from_dict(read_run(str(labels)).amg)
     with pytest.raises(DamagedFile, match=r"candidate 0 of '0\.png': the images table says that there are fewer"):
         read_candidates(str(labels), ChunkKey("@root", 0), images, COLUMNS, config)
 

@@ -26,6 +26,7 @@ from maskbeam.pipeline.launch.identity import claim_output, describe_run
 from maskbeam.pipeline.launch.settle import settle
 from maskbeam.pipeline.options import parse_label
 from maskbeam.transforms.labels.commit import RunReplaced
+from maskbeam.transforms.labels.run_file import read_run
 from maskbeam.transforms.labels.tables import list_chunks, read_chunk
 from maskbeam.transforms.load_model import ModelConfig
 from maskbeam.transforms.match_shards import match_shards
@@ -468,10 +469,10 @@ def test_a_start_that_saw_other_files_stops_and_no_photo_is_in_two_chunks(
     LABELED.clear()
     settle_only(data, output)
     put(data / "-.png", 60)
-    first = json.loads((output / "run.json").read_text())
+    first = read_run(str(output))
     assert start(data, output)[0] == 0
-    second = json.loads((output / "run.json").read_text())
-    assert first["manifest"] != second["manifest"]
+    second = read_run(str(output))
+    assert first.manifest != second.manifest
     with pytest.raises(RunReplaced, match="another start goes on with"):
         from maskbeam.transforms.labels.commit import check_run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -13,6 +14,7 @@ from pycocotools import mask as coco_mask
 
 from maskbeam.transforms.generate_masks import label_chunk
 from maskbeam.transforms.images import ImageConfig
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.labels.schema import (
     ANNOTATIONS,
     CANDIDATES,
@@ -62,7 +64,8 @@ LABELED = LabeledImage(
     Seconds(0.5, 1.0, 2.0, 0.25, 0.25),
 )
 FAILED = LabeledImage(SOURCE, 0, "", None, 1, failure=Failure("read", "gone"))
-REPORT = ChunkReport("s.tar", 3, True, "d", "1 file, 9 bytes", LabeledChunk(SHARD, 3, (LABELED,), True, "d").totals())
+CHUNK = LabeledChunk.of(SHARD, 3, (LABELED,), True, "d")
+REPORT = ChunkReport("s.tar", 3, True, "d", "1 file, 9 bytes", CHUNK.totals())
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +135,7 @@ def test_masks_of_an_image_are_numbered_in_their_order(labeled: LabeledChunk) ->
 
 
 def test_bbox_and_area_are_pycocotools_own_of_the_rle(labeled: LabeledChunk) -> None:
-    annotations, _ = chunk_to_tables(labeled, REPORT, {})
+    annotations, _ = chunk_to_tables(labeled, REPORT, Run())
     rows = annotations.to_pylist()
     assert len(rows) > 20
     for row in rows:
@@ -178,10 +181,10 @@ def test_an_image_survives_the_way_to_a_row_and_back(image: LabeledImage) -> Non
 @pytest.mark.parametrize("totals", [Totals(), REPORT.totals, replace(REPORT.totals, failures=("a: read: b",))])
 def test_report_and_run_travel_in_the_metadata_of_both_tables(totals: Totals) -> None:
     report = replace(REPORT, totals=totals)
-    annotations, images = chunk_to_tables(LabeledChunk(SHARD, 3, (LABELED,), True, "d"), report, {"root": "/d"})
+    annotations, images = chunk_to_tables(CHUNK, report, Run(root="/d"))
     for table, expected in ((images, report), (annotations, replace(report, totals=Totals()))):
         assert report_from_metadata(table.schema.metadata) == expected
-        assert table.schema.metadata[RUN_KEY] == b'{"root": "/d"}'
+        assert Run.from_json(json.loads(table.schema.metadata[RUN_KEY])) == Run(root="/d")
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {b"pandas": b"{}"}])

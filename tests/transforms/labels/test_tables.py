@@ -10,7 +10,8 @@ import pytest
 
 from maskbeam.transforms.labels.layout import ChunkKey
 from maskbeam.transforms.labels.manifest import newest
-from maskbeam.transforms.labels.tables import list_chunks, read_chunks, read_run
+from maskbeam.transforms.labels.run_file import read_run
+from maskbeam.transforms.labels.tables import list_chunks, read_chunks
 from maskbeam.transforms.records import DamagedFile
 from tests.conftest import label, read_labels
 
@@ -58,7 +59,7 @@ def test_of_a_run_that_is_not_finished_whole_chunks_are_read_and_a_warning_says_
 
 
 def test_the_run_is_read(labels: Path) -> None:
-    assert read_run(str(labels))["chunk_size"] == 2
+    assert read_run(str(labels)).chunk_size == 2
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from maskbeam.transforms.labels.refine import refine_chunk
+from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.labels.schema import chunk_to_candidates, chunk_to_tables
 from maskbeam.transforms.masks.amg import AmgConfig, Sam, label_image
 from maskbeam.transforms.masks.containment import ContainmentConfig
@@ -128,9 +129,9 @@ def test_refined_candidates_are_what_label_gives(name: str, sam: Sam) -> None:
         kept.dropped,
         candidates=kept.candidates,
     )
-    chunk = LabeledChunk(Shard("a", "/a", "image", ()), 0, (image,), True, "", keep_candidates=True)
+    chunk = LabeledChunk.of(Shard("a", "/a", "image", ()), 0, (image,), True, "", keep_candidates=True)
     report = ChunkReport("a", 0, True, "", "", chunk.totals())
-    images, candidates = chunk_to_tables(chunk, report, {})[1], chunk_to_candidates(chunk, report, {})
+    images, candidates = chunk_to_tables(chunk, report, Run())[1], chunk_to_candidates(chunk, report, Run())
     assert len(candidates) > len(kept.masks)
     for changes in CHANGES:
         wanted = replace(config, **changes)
