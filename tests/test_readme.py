@@ -63,7 +63,7 @@ SHELL: dict[str, Callable[[], Any]] = {
 
 
 # Pages whose blocks are executed.
-EXECUTED = ("output", "scaling")
+EXECUTED = ("evaluate", "formats", "output", "refine", "scaling", "view")
 
 
 @dataclass(frozen=True)
