@@ -19,6 +19,8 @@ from maskbeam.transforms.masks.frame import resized_hw, to_frame
 from maskbeam.transforms.models.sam.encoder import encode_image, read_encoder
 from maskbeam.transforms.models.sam.model import Sam, load_sam
 
+pytestmark = pytest.mark.model
+
 PRESET = Path(__file__).parents[2] / "golden" / "sam_128"
 FRAME_SIZE = 128
 
@@ -155,8 +157,6 @@ def test_jax_programs_are_kept_for_the_next_process(tmp_path: Path) -> None:
     program = f"""
 import numpy as np
 from maskbeam.transforms.models.sam.model import load_sam
-
-pytestmark = pytest.mark.model
 load_sam({str(PRESET)!r}).embed(np.zeros((128, 128, 3), np.uint8), (128, 128))
 """
     environment = {**os.environ, "KERAS_BACKEND": "jax", "HOME": str(tmp_path)}

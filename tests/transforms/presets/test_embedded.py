@@ -31,6 +31,8 @@ from maskbeam.transforms.presets.embedded import (
 from tests.conftest import label, write_photos
 from tests.fakes import load_fake
 
+pytestmark = pytest.mark.model
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -133,8 +135,6 @@ def test_a_wrong_model_ends_the_program_without_importing_keras(tmp_path: Path) 
     program = """
 import sys
 from maskbeam.pipeline.cli import main
-
-pytestmark = pytest.mark.model
 code = main(sys.argv[1:])
 print(sorted({"keras", "keras_hub", "tensorflow", "jax"} & set(sys.modules)), code)
 """
