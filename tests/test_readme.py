@@ -1,8 +1,8 @@
-"""What README.md and docs/ say is so: snippets run, commands are understood, every field, flag, link and target exists.
+"""What README.md and docs/ say is so: every command and snippet runs, every field, flag, link and target exists.
 
 A fence's info string says how its block is checked. `bash`, `python` and `sql` are executed, in order, in a directory
-that has what the pages speak of; of pages that are not in EXECUTED, maskbeam's commands are only parsed.
-`other: REASON` after the language means that a block cannot be executed at all; its Python must compile.
+that has what the pages speak of. `other: REASON` after the language means that a block cannot be: its maskbeam commands
+must be understood by the program's own parser, and its Python must compile.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -55,15 +54,14 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
 STAND_IN = "sam_tiny"
 SMALLER = {"label": ["--points_per_side", "4"], "certify": ["--points_per_side", "4"]}
 
+# Exit codes that are not 0: two photos on a coarse grid do change in a lower precision, which certify is there to say.
+EXIT_CODES = {"certify": 1}
+
 # Lines of executed bash blocks that are not maskbeam's.
 SHELL: dict[str, Callable[[], Any]] = {
     "source .venv/bin/activate": lambda: None,  # the tests run in an environment already
     "mkdir few && cp $(ls photos/*.jpg | head -n 100) few/": lambda: shutil.copytree("photos", "few"),
 }
-
-
-# Pages whose blocks are executed.
-EXECUTED = ("evaluate", "formats", "output", "refine", "scaling", "view")
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {key: a[key] for key in ("image_id", "category_id", "segmentation", "score")} for a in instances["annotations"]
     ]
     (directory / "results.json").write_text(json.dumps(results))
-    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(directory / "photo.jpg")
+    shutil.copy(directory / "photos/astronaut.jpg", directory / "photo.jpg")
     return directory
 
 
@@ -203,12 +201,14 @@ def run_bash(block: Block) -> None:
             shutil.rmtree(command[command.index("--output") + 1], ignore_errors=True)
         if "--model" in command:
             command[command.index("--model") + 1] = STAND_IN
-        assert cli.main([*command, *SMALLER.get(command[0], [])]) == 0, line
+        assert cli.main([*command, *SMALLER.get(command[0], [])]) == EXIT_CODES.get(command[0], 0), line
 
 
+@pytest.mark.slow
+@pytest.mark.model
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if page.stem in EXECUTED],
+    [page for page in PAGES if any(block.language and not block.reason for block in find_blocks(page))],
     ids=lambda p: p.stem,
 )
 def test_every_snippet_of_a_page_runs(
