@@ -328,7 +328,8 @@ def _parse_plain_columns(table: pa.RecordBatch, bbox_format: str | None) -> pa.R
 def _are_plausible(columns: Mapping[str, pa.Array]) -> bool:
     """Whether the numbers are those that a row may have."""
     for name in ("width", "height"):
-        if name in columns and not (pc.min(columns[name]).as_py() or 1) >= 1:
+        least = pc.min(columns[name]).as_py() if name in columns else None
+        if least is not None and least < 1:
             return False
     return "score" not in columns or bool(np.isfinite(columns["score"].drop_null().to_numpy()).all())
 

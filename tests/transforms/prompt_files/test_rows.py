@@ -166,6 +166,12 @@ def test_columns_become_the_same_rows_as_records(
     assert same(parse_columns(table, None, "row", 1), parse_records(table.to_pylist(), None, "row"))
 
 
+def test_a_width_of_nothing_is_refused_in_columns_too() -> None:
+    table = pa.RecordBatch.from_pydict({"image": ["a"], "x": [0], "y": [0], "w": [1], "h": [1], "width": [0]})
+    (row,) = parse_columns(table, None, "row", 1).to_pylist()
+    assert row["problem"] == "row 1: width is 0; expected a whole number from 1"
+
+
 @given(st.lists(st.lists(st.floats(0, 100), min_size=3, max_size=4), min_size=1, max_size=3))
 def test_lists_become_the_same_rows_as_records(boxes: list[list[float]]) -> None:
     table = pa.RecordBatch.from_pydict({"image": ["a"] * len(boxes), "bbox": boxes})
