@@ -154,13 +154,7 @@ STAND_INS = tuple(
 # segment_anything binds torchvision's functions here, so that its stand-in need not stay where others would find it
 # and take it for the real one. cv2 is imported only when it is used.
 from segment_anything import SamAutomaticMaskGenerator  # noqa: E402
-from segment_anything.modeling import (  # noqa: E402
-    ImageEncoderViT,
-    MaskDecoder,
-    PromptEncoder,
-    Sam,
-    TwoWayTransformer,
-)
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer  # noqa: E402
 from segment_anything.utils.amg import MaskData  # noqa: E402
 
 if "torchvision" in STAND_INS:

@@ -7,10 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from maskbeam.transforms.masks.amg import (
-    DTYPES,
-    Sam,
-)
+from maskbeam.transforms.masks.amg import DTYPES, Sam
 from maskbeam.transforms.presets.embedded import DEMO_MODEL
 from maskbeam.transforms.presets.remote import local_preset
 

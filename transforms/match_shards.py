@@ -19,13 +19,13 @@ from maskbeam.transforms.files.paths import (
     absolute,
     glob_matcher,
     glob_start,
-    is_local,
     join,
     list_files,
     parent,
     relative_path,
     scheme_prefix,
 )
+from maskbeam.transforms.files.systems import is_local
 from maskbeam.transforms.labels.layout import shard_name
 from maskbeam.transforms.readers.formats import format_of
 from maskbeam.transforms.readers.samples import ReadConfig

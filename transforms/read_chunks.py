@@ -8,22 +8,12 @@ from dataclasses import dataclass
 import apache_beam as beam
 
 from maskbeam.transforms.chunks import cut_chunks
-from maskbeam.transforms.labels.layout import (
-    ANNOTATIONS_DIR,
-    CANDIDATES_DIR,
-    IMAGES_DIR,
-    ChunkKey,
-    list_tables,
-)
+from maskbeam.transforms.labels.layout import ANNOTATIONS_DIR, CANDIDATES_DIR, IMAGES_DIR, ChunkKey, list_tables
 from maskbeam.transforms.labels.resume import finished_reports, is_finished
 from maskbeam.transforms.prompt_files.in_record import RecordPrompts
 from maskbeam.transforms.readers.samples import ReadConfig
 from maskbeam.transforms.readers.shard import read_images
-from maskbeam.transforms.records import (
-    Chunk,
-    ChunkReport,
-    Shard,
-)
+from maskbeam.transforms.records import Chunk, ChunkReport, Shard
 
 
 def read_chunks(

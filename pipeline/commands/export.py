@@ -19,13 +19,10 @@ from maskbeam.pipeline.exits import EXIT_DONE, EXIT_FAILED, UsageError
 from maskbeam.pipeline.options import parse_job
 from maskbeam.pipeline.progress import progress_bar
 from maskbeam.pipeline.results import escape_controls
-from maskbeam.transforms.files.beam_files import CompressionTypes, FileSystems
+from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.storage import read_json, replace_file, write_json
-from maskbeam.transforms.formats.coco import (
-    annotation_to_coco,
-    image_to_coco,
-    segmentation_to_polygons,
-)
+from maskbeam.transforms.files.systems import is_local, open_path
+from maskbeam.transforms.formats.coco import annotation_to_coco, image_to_coco, segmentation_to_polygons
 from maskbeam.transforms.formats.file_names import file_names, stem
 from maskbeam.transforms.formats.label_picture import Overlap, label_picture
 from maskbeam.transforms.formats.polygons import PolygonLoss
@@ -180,7 +177,7 @@ def check_output(config: ExportConfig) -> None:
     if config.format == "coco":
         _check_coco_output(output, config.overwrite)
         return
-    if FileSystems.get_scheme(output) is not None:
+    if not is_local(output):
         raise ValueError(f"--output {output} is not local; --format {config.format} writes into a local directory.")
     if os.path.exists(output) and not os.path.isdir(output):
         raise ValueError(f"--output {output} is a file; --format {config.format} writes into a directory.")
@@ -196,7 +193,7 @@ def check_output(config: ExportConfig) -> None:
 
 
 def _check_coco_output(output: str, overwrite: bool) -> None:
-    is_directory = FileSystems.get_scheme(output) is None and os.path.isdir(output)
+    is_directory = is_local(output) and os.path.isdir(output)
     if output.endswith("/") or is_directory:
         raise ValueError(
             f"--output {output} is a directory; --format coco writes a file, such as {output.rstrip('/')}/coco.json."
@@ -205,7 +202,7 @@ def _check_coco_output(output: str, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"--output {output} exists. Choose another file, or --overwrite it.")
-    with FileSystems.open(output, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+    with open_path(output) as file:
         if file.read(len(_COCO_MARK)) != _COCO_MARK:
             raise ValueError(
                 f"--output {output} was not written by `maskbeam export` (it does not begin with its mark), so "

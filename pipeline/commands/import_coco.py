@@ -20,6 +20,7 @@ from maskbeam.transforms.formats.coco import (
     MEND_COCO,
     add_coco_columns,
     check_categories,
+    check_unique_names,
     coco_to_image,
     group_by_image,
 )
@@ -139,7 +140,7 @@ def read_source(config: ImportConfig) -> ImportSource:
             coco_to_image(image, row, annotations)
             for row, (image, annotations) in enumerate(progress_bar(records, unit="image"))
         ]
-        _check_image_ids([image.source.image_id for image in images])
+        check_unique_names([image.source.image_id for image in images])
     except UsageError:
         raise
     except ValueError as error:
@@ -184,15 +185,6 @@ def _write(source: ImportSource, output: str, run: Run) -> Totals:
         add_columns = partial(add_coco_columns, records=source.records[part])
         totals += commit_chunk(chunk, output, run, add_columns).totals
     return totals
-
-
-def _check_image_ids(image_ids: list[str]) -> None:
-    """Images are known by their file names from here on."""
-    seen: set[str] = set()
-    for image_id in image_ids:
-        if image_id in seen:
-            raise ValueError(f"two images have the file_name {image_id!r}; expected unique names")
-        seen.add(image_id)
 
 
 def _describe(source: ImportSource) -> Run:

@@ -20,6 +20,7 @@ from maskbeam.pipeline.progress import progress_bar
 from maskbeam.pipeline.results import describe_model
 from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.paths import absolute
+from maskbeam.transforms.files.systems import is_local
 from maskbeam.transforms.labels.commit import RunReplaced, commit_chunk
 from maskbeam.transforms.labels.layout import (
     IMAGES_DIR,
@@ -69,7 +70,7 @@ class RefineConfig:
     def __post_init__(self) -> None:
         OutputConfig(self.output)  # raises what is wrong with it
         labels, output = absolute(self.labels), absolute(self.output)
-        if FileSystems.get_scheme(labels) is None and FileSystems.get_scheme(output) is None:
+        if is_local(labels) and is_local(output):
             labels, output = os.path.realpath(labels), os.path.realpath(output)
         if (output + "/").startswith(labels + "/"):
             raise ValueError(f"output {self.output} lies in the labels {self.labels}. Choose a directory beside them.")

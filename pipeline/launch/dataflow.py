@@ -28,7 +28,7 @@ from apache_beam.options.pipeline_options import (
     WorkerOptions,
 )
 
-from maskbeam.transforms.files.systems import scheme_of
+from maskbeam.transforms.files.systems import is_local
 
 # --gpu: accelerator type, and the machine that gets it unless --machine_type says otherwise. Eight vCPUs or so a GPU:
 # decoding, measuring and encoding masks is work for the host.
@@ -121,7 +121,7 @@ def prepare_dataflow(options: PipelineOptions, config: DataflowConfig, paths: It
     cloud = options.view_as(GoogleCloudOptions)
     _check_cloud(cloud)
     for path in paths:
-        if scheme_of(path) is None:
+        if is_local(path):
             raise ValueError(
                 f"{path} is a local path, which Dataflow's workers cannot reach. Give a URI such as gs://BUCKET/..., "
                 f"after: gcloud storage cp -r {path} gs://BUCKET/"

@@ -19,7 +19,7 @@ from maskbeam.transforms.labels.tables import list_chunks, read_images
 from maskbeam.transforms.prompt_files.config import IN_RECORD, PromptFilesError
 from maskbeam.transforms.prompt_files.finder import describe_mismatch
 from maskbeam.transforms.prompt_files.publish import identify_prompts, open_store, store_of, store_path
-from maskbeam.transforms.prompt_files.store import StoreMeta, StoreUse
+from maskbeam.transforms.prompt_files.store import StoreMeta
 from maskbeam.transforms.records import Totals
 
 
@@ -65,7 +65,8 @@ def report_prompts(job: Job, run: Run, totals: Totals, meta: StoreMeta | None) -
     unused = {"prompts_unused": use.unused, "prompts_unused_images": list(use.unused_shown), "prompts_lost": meta.lost}
     write_json(path, {**read_json(path), **unused})
     if use.unused and totals.prompts:
-        print(escape_controls(f"{use.unused} prompts are for images that are not there: {_names(use)}"))
+        names = format_some(use.unused_shown)
+        print(escape_controls(f"{use.unused} prompts are for images that are not there: {names}"))
     if not totals.prompts and use.unused == meta.rows:
         return describe_mismatch(totals.images, list(_some_ids(output)), store)
     if use.shared_shown:
@@ -84,10 +85,6 @@ def _lines(totals: Totals, meta: StoreMeta | None) -> Iterator[str]:
         yield f"{meta.crowds} crowd regions are no objects and were not prompted"
     if meta is not None and meta.lost:
         yield f"{meta.lost} rows of prompts name no image, the first: {meta.lost_shown[0]}"
-
-
-def _names(use: StoreUse) -> str:
-    return format_some(use.unused_shown)
 
 
 def _keys(output: str) -> Iterator[str]:

@@ -17,6 +17,7 @@ from maskbeam.pipeline.interruption import when_interrupted
 from maskbeam.pipeline.launch.dataflow import IMAGE_MODELS, is_dataflow, makes_template, prepare_dataflow, runner_name
 from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.paths import absolute
+from maskbeam.transforms.files.systems import is_local, scheme_of
 from maskbeam.transforms.labels.run_file import Run
 from maskbeam.transforms.load_model import LoadSam
 from maskbeam.transforms.presets.embedded import HUB_SCHEMES, check_model_name, embedded_presets
@@ -44,7 +45,7 @@ def prepare(job: Job, options: PipelineOptions) -> Job:
         prepare_dataflow(options, job.dataflow, paths)
     elif job.dataflow.gpu is not None:
         raise ValueError("--gpu is for --runner DataflowRunner; workers of other runners have the GPUs they have.")
-    elif _runs_in_containers(options) and (local := [path for path in paths if FileSystems.get_scheme(path) is None]):
+    elif _runs_in_containers(options) and (local := [path for path in paths if is_local(path)]):
         raise ValueError(
             f"{local[0]} is a local path, which workers in Docker containers cannot reach. Give a URI, or another "
             "--environment_type (PROCESS, EXTERNAL, LOOPBACK) whose workers share this file system."
@@ -67,7 +68,7 @@ def _reachable_model(model: str, options: PipelineOptions) -> str:
     """The model as workers can load it."""
     if model in embedded_presets():
         return model
-    scheme = FileSystems.get_scheme(model)
+    scheme = scheme_of(model)
     exists = scheme not in HUB_SCHEMES and FileSystems.exists(FileSystems.join(model, "config.json"))
     if exists and scheme is None and is_dataflow(options) and not absolute(model).startswith(IMAGE_MODELS):
         models = _models_directory(options)

@@ -19,10 +19,10 @@ from typing import IO
 
 import pyarrow as pa
 
-# Fields of FileMetaData, SchemaElement, RowGroup and ColumnChunk.
 # Read at once from the end of a file: the whole footer, unless it is long. A request to an object store each.
 _TAIL_BYTES = 2**15
 
+# Fields of FileMetaData, SchemaElement, RowGroup and ColumnChunk.
 _SCHEMA, _ROW_GROUPS = 2, 4
 _NUM_CHILDREN = 5
 _COLUMNS, _NUM_ROWS = 1, 3

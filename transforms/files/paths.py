@@ -6,10 +6,8 @@ import os
 import re
 from collections.abc import Callable, Iterator
 
-from maskbeam.transforms.files.systems import list_uri, scheme_of
-from maskbeam.transforms.records import (
-    SourceFile,
-)
+from maskbeam.transforms.files.systems import is_local, list_uri
+from maskbeam.transforms.records import SourceFile
 
 GLOB_CHARACTERS = re.compile(r"[*?[]")
 
@@ -103,11 +101,6 @@ def absolute(path: str) -> str:
         return os.path.abspath(path)
     scheme, _, rest = path.partition("://")
     return f"{scheme}://{rest.rstrip('/')}"
-
-
-def is_local(path: str) -> bool:
-    """Whether a path is one of the machine itself: it has no scheme."""
-    return scheme_of(path) is None
 
 
 def scheme_prefix(path: str) -> str:

@@ -15,7 +15,7 @@ from typing import IO, Any
 from maskbeam.transforms.errors import describe_error
 from maskbeam.transforms.files.streams import read_up_to
 from maskbeam.transforms.files.strict_json import parse_json
-from maskbeam.transforms.files.systems import join_path, list_uri, open_path, path_exists, scheme_of
+from maskbeam.transforms.files.systems import is_local, join_path, list_uri, open_path, path_exists
 from maskbeam.transforms.records import SourceFile
 
 
@@ -26,7 +26,7 @@ def delete_file(path: str) -> None:
 
 def delete_files(paths: list[str]) -> None:
     """Deletes files of one file system that were there a moment ago."""
-    if paths and scheme_of(paths[0]) is not None:
+    if paths and not is_local(paths[0]):
         from maskbeam.transforms.files.beam_files import FileSystems
 
         FileSystems.delete(paths)
@@ -38,7 +38,7 @@ def delete_files(paths: list[str]) -> None:
 
 def list_tree(path: str) -> list[str]:
     """The files below a directory, on any file system."""
-    if scheme_of(path) is None:
+    if is_local(path):
         return [os.path.join(directory, name) for directory, _, names in os.walk(path) for name in names]
     return [file.path for file in list_uri(join_path(escape_glob(path), "**"))]
 
@@ -49,7 +49,7 @@ def list_directory(path: str) -> list[SourceFile]:
     Raises:
       OSError: it cannot be listed.
     """
-    if scheme_of(path) is not None:
+    if not is_local(path):
         return list_uri(join_path(escape_glob(path), "*"))
     found = []
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:

@@ -25,9 +25,14 @@ def scheme_of(path: str) -> str | None:
     return found[1] if found else None
 
 
+def is_local(path: str) -> bool:
+    """Whether a path is one of the machine itself: it has no scheme."""
+    return scheme_of(path) is None
+
+
 def join_path(directory: str, *names: str) -> str:
     """A path below a directory."""
-    if scheme_of(directory) is None:
+    if is_local(directory):
         return os.path.join(directory, *names)
     from maskbeam.transforms.files.beam_files import FileSystems
 
@@ -41,7 +46,7 @@ def open_path(path: str) -> IO[bytes]:
       OSError: it cannot be opened; a URI's file system may raise errors of its own.
       ValueError: no file system has the URI's scheme.
     """
-    if scheme_of(path) is None:
+    if is_local(path):
         return open(path, "rb")
     from maskbeam.transforms.files.beam_files import CompressionTypes, FileSystems
 
@@ -50,7 +55,7 @@ def open_path(path: str) -> IO[bytes]:
 
 def path_exists(path: str) -> bool:
     """Whether there is a file or a directory."""
-    if scheme_of(path) is None:
+    if is_local(path):
         return os.path.exists(path)
     from maskbeam.transforms.files.beam_files import FileSystems
 
@@ -69,7 +74,7 @@ def list_uri(pattern: str) -> list[SourceFile]:
 
 def check_scheme(path: str) -> None:
     """Raises ValueError if no file system has the URI's scheme."""
-    if scheme_of(path) is not None:
+    if not is_local(path):
         from maskbeam.transforms.files.beam_files import FileSystems
 
         FileSystems.get_filesystem(path)

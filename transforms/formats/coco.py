@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -184,6 +184,19 @@ def check_categories(annotations: Sequence[dict[str, Any]], categories: Any) -> 
         told, category_id = f"the annotation with id {record['id']!r}", record.get("category_id")
         if not is_id(category_id) or category_id not in known:
             raise ValueError(f"{told} has category_id {category_id!r}, but there is no such category")
+
+
+def check_unique_names(names: Iterable[str]) -> None:
+    """Images are known by their names from here on.
+
+    Raises:
+      ValueError: two have the same one.
+    """
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"two images have the file_name {name!r}; expected unique names")
+        seen.add(name)
 
 
 def category_ids(categories: Any) -> frozenset[int]:

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maskbeam.transforms.files.beam_files import CompressionTypes, FileSystems
+from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.storage import delete_files, list_directory, list_tree
+from maskbeam.transforms.files.systems import is_local, open_path
 from maskbeam.transforms.labels.layout import (
     ANNOTATIONS_DIR,
     CANDIDATES_DIR,
@@ -19,9 +20,7 @@ from maskbeam.transforms.labels.layout import (
     TEMPORARY_DIR,
     parse_chunk_name,
 )
-from maskbeam.transforms.labels.schema import (
-    RUN_KEY,
-)
+from maskbeam.transforms.labels.schema import RUN_KEY
 
 # Footers that are read at the same time: on object stores it is waiting that takes the time.
 _FOOTER_THREADS = 16
@@ -38,7 +37,7 @@ def delete_temporary(output: str) -> None:
     directory = FileSystems.join(output, TEMPORARY_DIR)
     paths = [file.path for file in list_directory(directory)]
     delete_files([path for path in paths if _TEMPORARY_NAME.fullmatch(FileSystems.split(path)[1])])
-    if FileSystems.get_scheme(directory) is None:
+    if is_local(directory):
         with contextlib.suppress(OSError):  # others' files are in it, or another start adds to it
             os.rmdir(directory)
     elif FileSystems.exists(directory) and not list_tree(directory):  # where directories are more than a prefix
@@ -68,7 +67,7 @@ def delete_chunks(output: str) -> None:
 def _is_ours(path: str) -> bool | None:
     """Whether a chunk's file was written by this program; None if it is damaged or not Parquet."""
     try:
-        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+        with open_path(path) as file:
             return RUN_KEY in (pq.read_schema(file).metadata or {})
     except pa.ArrowException:
         return None

@@ -32,6 +32,7 @@ from maskbeam.transforms.files.outage import StoreUnavailable
 from maskbeam.transforms.files.parquet_file import open_parquet
 from maskbeam.transforms.files.storage import delete_file, delete_files, escape_glob
 from maskbeam.transforms.files.streams import RETRY_SECONDS
+from maskbeam.transforms.files.systems import is_local, open_path
 from maskbeam.transforms.labels.layout import (
     ANNOTATIONS_DIR,
     CANDIDATES_DIR,
@@ -41,12 +42,7 @@ from maskbeam.transforms.labels.layout import (
     ChunkKey,
 )
 from maskbeam.transforms.labels.run_file import Run
-from maskbeam.transforms.labels.schema import (
-    chunk_to_candidates,
-    chunk_to_tables,
-    report_from_metadata,
-    with_report,
-)
+from maskbeam.transforms.labels.schema import chunk_to_candidates, chunk_to_tables, report_from_metadata, with_report
 from maskbeam.transforms.records import ChunkReport, LabeledChunk, Seconds
 
 
@@ -186,7 +182,7 @@ def _publish_mark(temporary: str, mark: str) -> bool:
 
     Local disks do both in one step. Others are asked first: an attempt that commits in between is replaced by an equal.
     """
-    if FileSystems.get_scheme(mark) is None:
+    if is_local(mark):
         try:
             os.link(temporary, mark)
         except FileExistsError:
@@ -205,7 +201,7 @@ def _publish_mark(temporary: str, mark: str) -> bool:
 def read_report_file(path: str) -> ChunkReport | None:
     """The report in an images file, None if the file is damaged or gone; only its footer is read."""
     try:
-        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+        with open_path(path) as file:
             return report_from_metadata(open_parquet(file).schema_arrow.metadata)
     except (ValueError, KeyError, TypeError):  # pyarrow's errors of broken files are ValueErrors, too
         return None
@@ -232,7 +228,7 @@ def check_run(output: str, run: Run) -> None:
         return
     path = FileSystems.join(output, RUN_FILE)
     try:
-        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+        with open_path(path) as file:
             found = json.loads(file.read())
     except Exception as error:
         if FileSystems.exists(path):

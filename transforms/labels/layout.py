@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from maskbeam.transforms.files.storage import escape_glob, list_directory
-from maskbeam.transforms.files.systems import join_path, scheme_of
+from maskbeam.transforms.files.systems import is_local, join_path
 
 RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
@@ -44,7 +44,7 @@ class OutputConfig:
     def __post_init__(self) -> None:
         if not self.output:
             raise ValueError("output is empty; expected a directory.")
-        if scheme_of(self.output) is not None and escape_glob(self.output) != self.output:
+        if not is_local(self.output) and escape_glob(self.output) != self.output:
             raise ValueError(
                 f"output is {self.output}, but only local directories may have *, ? or [ in their names: other file "
                 "systems would take it for a pattern when files are deleted. Choose another directory."

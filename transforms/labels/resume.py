@@ -10,15 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from maskbeam.transforms.files.beam_files import CompressionTypes, FileSystems
+from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.parquet_file import open_parquet
+from maskbeam.transforms.files.systems import open_path
 from maskbeam.transforms.labels.commit import read_report_file
-from maskbeam.transforms.labels.layout import (
-    IMAGES_DIR,
-    ChunkKey,
-    TableFiles,
-    chunk_name,
-)
+from maskbeam.transforms.labels.layout import IMAGES_DIR, ChunkKey, TableFiles, chunk_name
 from maskbeam.transforms.labels.schema import report_from_metadata
 from maskbeam.transforms.records import ChunkReport, Shard
 
@@ -87,7 +83,7 @@ def _read_checked(output: str, key: ChunkKey) -> tuple[ChunkReport, pa.Table] | 
     """The report and some columns of an images file; None if it is damaged, gone, or has another chunk's name."""
     path = FileSystems.join(output, IMAGES_DIR, key.file_name)
     try:
-        with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+        with open_path(path) as file:
             data = file.read()
     except Exception:  # each file system has an error of its own for this
         if FileSystems.exists(path):

@@ -13,10 +13,11 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from maskbeam.transforms.files.beam_files import CompressionTypes, FileSystems
+from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.parquet_file import open_parquet
 from maskbeam.transforms.files.paths import relative_path
 from maskbeam.transforms.files.storage import delete_files
+from maskbeam.transforms.files.systems import open_path
 from maskbeam.transforms.labels.commit import check_run, commit_tables, read_report_file
 from maskbeam.transforms.labels.layout import ANNOTATIONS_DIR, IMAGES_DIR, ChunkKey, TableFiles, chunk_name
 from maskbeam.transforms.labels.manifest import Manifest
@@ -81,7 +82,7 @@ def _totals(images: pa.Table, before: Totals, entry: Shard) -> Totals:
 
 
 def _read_table(path: str) -> pa.Table:
-    with FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+    with open_path(path) as file:
         data = file.read()
     try:
         return open_parquet(io.BytesIO(data)).read(use_threads=False)

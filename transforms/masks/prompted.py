@@ -26,13 +26,7 @@ from maskbeam.transforms.masks import rle
 from maskbeam.transforms.masks.amg import ModelOutputError, Sam, Scored
 from maskbeam.transforms.masks.candidates import mask_to_runs, measure_mask
 from maskbeam.transforms.masks.frame import Upsampling, resized_hw, to_frame
-from maskbeam.transforms.masks.prompts import (
-    CheckedPrompts,
-    PromptBatch,
-    batch_prompts,
-    check_prompts,
-    mask_to_logits,
-)
+from maskbeam.transforms.masks.prompts import CheckedPrompts, PromptBatch, batch_prompts, check_prompts, mask_to_logits
 from maskbeam.transforms.masks.select import check_range
 from maskbeam.transforms.records import Dropped, ImageMasks, Mask, Prompts, Seconds
 from maskbeam.transforms.threads import Submit, call_now, one_blas_thread

@@ -248,12 +248,12 @@ def batch_prompts(
         smallest that holds the rest.
     """
     groups: dict[tuple[int, bool], list[int]] = {}
-    for index in checked.kept.tolist():
-        count = len(_tokens(checked, index)[1])
-        bucket = next(bucket for bucket in BUCKETS if bucket >= count)
+    tokens = {index: _tokens(checked, index) for index in checked.kept.tolist()}
+    for index, (_, labels) in tokens.items():
+        bucket = next(bucket for bucket in BUCKETS if bucket >= len(labels))
         groups.setdefault((bucket, checked.prompts.masks[index] is not None), []).append(index)
     return [
-        _batch(checked, indices[some], bucket, size, size_hw, frame_size)
+        _batch(checked, {index: tokens[index] for index in indices[some]}, bucket, size, size_hw, frame_size)
         for (bucket, _), indices in sorted(groups.items())
         for some, size in _cut(len(indices), sizes)
     ]
@@ -284,16 +284,21 @@ def _tokens(checked: CheckedPrompts, index: int) -> tuple[np.ndarray, list[int]]
 
 
 def _batch(
-    checked: CheckedPrompts, indices: list[int], bucket: int, size: int, size_hw: tuple[int, int], frame_size: int
+    checked: CheckedPrompts,
+    tokens: dict[int, tuple[np.ndarray, list[int]]],
+    bucket: int,
+    size: int,
+    size_hw: tuple[int, int],
+    frame_size: int,
 ) -> PromptBatch:
-    coords = np.zeros((len(indices), bucket, 2))
-    labels = np.full((len(indices), bucket), ABSENT, np.int32)
-    for row, index in enumerate(indices):
-        points, of_points = _tokens(checked, index)
+    """A batch of the prompts whose tokens these are."""
+    coords = np.zeros((len(tokens), bucket, 2))
+    labels = np.full((len(tokens), bucket), ABSENT, np.int32)
+    for row, (points, of_points) in enumerate(tokens.values()):
         coords[row, : len(points)] = to_frame_points(points, size_hw, frame_size)
         labels[row, : len(points)] = of_points
-    counts = tuple(counts for index in indices if (counts := checked.prompts.masks[index]) is not None)
-    return PromptBatch(np.array(indices, np.int64), coords, labels, counts, size)
+    counts = tuple(counts for index in tokens if (counts := checked.prompts.masks[index]) is not None)
+    return PromptBatch(np.array(list(tokens), np.int64), coords, labels, counts, size)
 
 
 def mask_to_logits(counts: str, size_hw: tuple[int, int], low_size: int) -> np.ndarray:

@@ -95,6 +95,6 @@ def to_records(categories: Mapping[int, str]) -> list[dict[str, Any]]:
     return [{"id": category_id, "name": name} for category_id, name in categories.items()]
 
 
-def from_records(records: Iterable[Mapping[str, object]]) -> dict[int, str]:
-    """Inverse of to_records."""
-    return {int(str(record["id"])): str(record["name"]) for record in records}
+def from_records(records: Iterable[Mapping[str, Any]]) -> dict[int, str]:
+    """Inverse of to_records. A class without a name is called by its id."""
+    return {record["id"]: record.get("name", str(record["id"])) for record in records}

@@ -10,7 +10,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from maskbeam.transforms.formats.coco import category_ids, group_by_image, is_id, is_text, name_and_size, numbers
+from maskbeam.transforms.formats.coco import (
+    category_ids,
+    check_unique_names,
+    group_by_image,
+    is_id,
+    is_text,
+    name_and_size,
+    numbers,
+)
+from maskbeam.transforms.prompt_files.categories import from_records
 from maskbeam.transforms.prompt_files.config import PromptFilesError
 from maskbeam.transforms.prompt_files.rows import make_batch
 
@@ -61,9 +70,7 @@ def coco_prompts(instances: Any, results: Any = None) -> CocoPrompts:
     grouped = group_by_image(instances.get("images"), annotations)
     categories = _categories(instances)
     names = [_image_name(image) for image, _ in grouped]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two images have the file_name {twice}; expected unique names")
+    check_unique_names(names)
     crowds = sum(bool(record.get("iscrowd")) for _, own in grouped for record in own)
     return CocoPrompts(_batches(_instance_rows(grouped)), categories, names, crowds)
 
@@ -71,7 +78,7 @@ def coco_prompts(instances: Any, results: Any = None) -> CocoPrompts:
 def _categories(instances: Mapping[str, Any]) -> dict[int, str]:
     records = instances.get("categories", [])
     category_ids(records)
-    return {record["id"]: record.get("name", str(record["id"])) for record in records}
+    return from_records(records)
 
 
 def _image_name(image: Mapping[str, Any]) -> str:

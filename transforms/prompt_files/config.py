@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from maskbeam.transforms.masks.prompted import MaskChoice
+
 PromptsFormat = Literal["auto", "table", "coco", "record", "yolo", "voc", "labels"]
 BboxFormat = Literal["xyxy", "xywh", "cxcywh", "rel_xyxy", "rel_xywh", "rel_cxcywh"]
 PromptsKey = Literal["auto", "image_id", "file_name", "key", "stem"]
-MaskChoice = Literal["auto", "single", "best", "stable", "all"]
 
 # In place of a path: each record brings its own prompts.
 IN_RECORD = "in_record"
@@ -67,14 +68,13 @@ class PromptConfig:
             raise ValueError(f"prompts is {self.prompts!r}; expected one or more files, none empty, or {IN_RECORD}.")
         if self.prompts is not None and IN_RECORD in self.prompts and len(self.prompts) > 1:
             raise ValueError(f"prompts is {' '.join(self.prompts)}; expected files or {IN_RECORD}, not both.")
-        if self.prompts is not None and (self.prompts == (IN_RECORD,)) != (self.prompts_format == "record"):
-            if self.prompts_format not in ("auto", "record"):
-                raise ValueError(
-                    f"prompts_format is {self.prompts_format}, which is of files, but prompts is {IN_RECORD}. Leave "
-                    "prompts_format out."
-                )
-            if self.prompts_format == "record":
-                raise ValueError(f"prompts_format is record, but prompts is a file. Use --prompts {IN_RECORD}.")
+        if self.prompts == (IN_RECORD,) and self.prompts_format not in ("auto", "record"):
+            raise ValueError(
+                f"prompts_format is {self.prompts_format}, which is of files, but prompts is {IN_RECORD}. Leave "
+                "prompts_format out."
+            )
+        if self.prompts not in (None, (IN_RECORD,)) and self.prompts_format == "record":
+            raise ValueError(f"prompts_format is record, but prompts is a file. Use --prompts {IN_RECORD}.")
         if self.refine_steps < 0:
             raise ValueError(f"refine_steps is {self.refine_steps}; expected 0 or more.")
         if not 0 <= self.box_margin <= 1:

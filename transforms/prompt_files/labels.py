@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from maskbeam.transforms.labels.run_file import read_run
 from maskbeam.transforms.labels.tables import read_chunks
+from maskbeam.transforms.prompt_files.categories import from_records
 from maskbeam.transforms.prompt_files.rows import make_batch
 
 
@@ -21,8 +22,7 @@ def label_categories(labels: str) -> dict[int, str]:
       ValueError: it holds none.
       DamagedFile: its run.json is not what it should be.
     """
-    records = read_run(labels).categories or []
-    return {record["id"]: record.get("name", str(record["id"])) for record in records}
+    return from_records(read_run(labels).categories or [])
 
 
 def read_label_prompts(labels: str) -> Iterator[pa.RecordBatch]:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskbeam.transforms.files.beam_files import CompressionTypes, FileSystems
+from maskbeam.transforms.files.beam_files import FileSystems
 from maskbeam.transforms.files.local_copy import copy_once
-from maskbeam.transforms.files.paths import is_local
 from maskbeam.transforms.files.storage import delete_files, list_tree, replace_file
+from maskbeam.transforms.files.systems import is_local, open_path
 from maskbeam.transforms.prompt_files.categories import Categories
 from maskbeam.transforms.prompt_files.config import PromptConfig
 from maskbeam.transforms.prompt_files.keys import with_stems
@@ -58,7 +58,7 @@ def store_of(found: FoundPrompts, config: PromptConfig, output: str) -> Iterator
     with tempfile.TemporaryDirectory(prefix="maskbeam-prompts-") as temporary:
         directory = Path(temporary)
         if FileSystems.exists(meta_path):
-            with FileSystems.open(meta_path, compression_type=CompressionTypes.UNCOMPRESSED) as file:
+            with open_path(meta_path) as file:
                 meta = StoreMeta.read(file.read())
         else:
             meta = build_store(found.source, config, directory)

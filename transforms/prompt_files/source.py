@@ -161,11 +161,10 @@ def read_names(path: str) -> list[str]:
         raise PromptFilesError(f"--categories {path} cannot be read: {describe_error(error)}.") from error
     while names and not names[-1]:
         names.pop()
+    first: dict[str, int] = {}
     for line, name in enumerate(names, 1):
-        if not name or names.index(name) != line - 1:
-            what = (
-                f"has {name!r} in lines {names.index(name) + 1} and {line}" if name else f"has no name in line {line}"
-            )
+        if not name or first.setdefault(name, line) != line:
+            what = f"has {name!r} in lines {first[name]} and {line}" if name else f"has no name in line {line}"
             raise PromptFilesError(f"--categories {path} {what}; expected a name a line, each once.")
     if not names:
         raise PromptFilesError(f"--categories {path} is empty; expected a name a line.")

@@ -273,17 +273,8 @@ def _select(part: pa.Table, schema: pa.Schema, category_ids: np.ndarray) -> pa.T
             part = part.set_column(part.schema.get_field_index("problem"), "problem", problems)
         merged = pc.coalesce(part["category_id"], found)
         part = part.set_column(part.schema.get_field_index("category_id"), "category_id", merged)
-    columns = []
-    for field in schema:
-        column = part[field.name]
-        if field.type != column.type:  # boxes that float32 holds
-            column = _narrow_boxes(column)
-        columns.append(column)
+    columns = [part[field.name].cast(field.type) for field in schema]  # another type: boxes that float32 holds
     return pa.Table.from_arrays(columns, schema=schema).combine_chunks()
-
-
-def _narrow_boxes(boxes: pa.ChunkedArray) -> pa.ChunkedArray:
-    return boxes.cast(pa.list_(pa.float32(), 4))
 
 
 @contextlib.contextmanager

@@ -7,11 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from maskbeam.transforms.records import (
-    NO_ANNOTATIONS,
-    Annotations,
-    printable,
-)
+from maskbeam.transforms.records import NO_ANNOTATIONS, Annotations, printable
 
 # No image is that large: a length beyond it is a broken file, or somebody else's format.
 MAX_IMAGE_BYTES = 2**30

@@ -18,14 +18,7 @@ from maskbeam.transforms.readers.parquet import read_parquet
 from maskbeam.transforms.readers.samples import MAX_IMAGE_BYTES, ReadConfig, Sample
 from maskbeam.transforms.readers.tar import read_tar
 from maskbeam.transforms.readers.tfrecord import read_tfrecord
-from maskbeam.transforms.records import (
-    EncodedImage,
-    Failure,
-    Shard,
-    SourceFile,
-    escape_name,
-    printable,
-)
+from maskbeam.transforms.records import EncodedImage, Failure, Shard, SourceFile, escape_name, printable
 
 # Characters of a record's key and file name: those of a whole chunk are in memory.
 MAX_NAME = 2**20

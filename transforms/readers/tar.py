@@ -18,11 +18,7 @@ from maskbeam.transforms.files.streams import decompress, read_up_to
 from maskbeam.transforms.images import has_image_extension
 from maskbeam.transforms.prompt_files.in_record import JSON_SUFFIX, RecordPrompts
 from maskbeam.transforms.readers.samples import MAX_IMAGE_BYTES, ReadConfig, Sample
-from maskbeam.transforms.records import (
-    NO_ANNOTATIONS,
-    Annotations,
-    escape_name,
-)
+from maskbeam.transforms.records import NO_ANNOTATIONS, Annotations, escape_name
 
 # What precedes a tar member's data: names, and whatever else its tools note. Python reads all of it into memory, and
 # versions before 3.11.10 and 3.12.6 take quadratic time for it (CVE-2024-6232).

@@ -16,13 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskbeam.transforms.masks import amg, rle
-from maskbeam.transforms.masks.amg import (
-    AmgConfig,
-    ModelOutputError,
-    call_now,
-    label_image,
-    layer_point_grids,
-)
+from maskbeam.transforms.masks.amg import AmgConfig, ModelOutputError, call_now, label_image, layer_point_grids
 from maskbeam.transforms.masks.crops import generate_crop_boxes
 from maskbeam.transforms.masks.prompts import build_point_grid
 from maskbeam.transforms.records import Dropped, ImageMasks, Mask

@@ -184,16 +184,7 @@ class Sam:
     def low_res_logits(self, scored: ScoredPrompts, prompts: np.ndarray) -> np.ndarray:
         """See maskbeam.transforms.masks.amg.Sam."""
         logits = np.empty((len(prompts), 3, self.low_size, self.low_size), np.float32)
-        batch = self._upscale_batch
-        pending = []
-        for first in range(0, len(prompts), batch):
-            rows = np.zeros(batch, np.int32)
-            part = prompts[first : first + batch]
-            rows[: len(part)] = part
-            pending.append(self._upscale_masks(*scored.parts, rows))
-        for first, part in zip(range(0, len(prompts), batch), pending, strict=True):
-            rows_left = len(prompts) - first
-            logits[first : first + batch] = ops.convert_to_numpy(part)[:rows_left]
+        _fill(logits, partial(self._upscale_masks, *scored.parts), prompts, self._upscale_batch)
         return logits
 
     def score_prompts(
@@ -229,16 +220,8 @@ class Sam:
     def mask_logits(self, scored: ScoredPrompts, prompts: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """See maskbeam.transforms.masks.amg.Sam."""
         logits = np.empty((len(prompts), self.low_size, self.low_size), np.float32)
-        batch, (prompts_in_batch, rows) = self._pairs_batch, scored.parts[-1].shape[:2]
-        program = self._upscale_pairs.of(prompts_in_batch, rows)
-        pending = []
-        for first in range(0, len(prompts), batch):
-            pairs = np.zeros((batch, 2), np.int32)
-            some = slice(first, first + batch)
-            pairs[: len(prompts[some])] = np.stack([prompts[some], tokens[some]], axis=1)
-            pending.append(program(*scored.parts, pairs))
-        for first, part in zip(range(0, len(prompts), batch), pending, strict=True):
-            logits[first : first + batch] = ops.convert_to_numpy(part)[: len(prompts) - first]
+        program = self._upscale_pairs.of(*scored.parts[-1].shape[:2])
+        _fill(logits, partial(program, *scored.parts), np.stack([prompts, tokens], axis=1), self._pairs_batch)
         return logits
 
     def _to_batch(self, coords_xy: np.ndarray, labels: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -249,6 +232,19 @@ class Sam:
         padded = np.full((batch_size, labels.shape[1]), ABSENT, np.int32)
         padded[: len(labels)] = labels
         return coords.astype(np.float32), padded
+
+
+def _fill(logits: np.ndarray, upscale: Callable[[np.ndarray], Any], wanted: np.ndarray, batch: int) -> None:
+    """Upscales all that is wanted, in padded batches; all are on their way before the first is waited for."""
+    firsts = range(0, len(wanted), batch)
+    pending = []
+    for first in firsts:
+        some = wanted[first : first + batch]
+        padded = np.zeros((batch, *wanted.shape[1:]), np.int32)
+        padded[: len(some)] = some
+        pending.append(upscale(padded))
+    for first, part in zip(firsts, pending, strict=True):
+        logits[first : first + batch] = ops.convert_to_numpy(part)[: len(wanted) - first]
 
 
 def _read_encoder(encoder: Any) -> tuple[Callable[..., Any], Any, Weights]:
