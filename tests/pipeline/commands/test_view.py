@@ -503,7 +503,7 @@ def tile_ids(page: Page) -> list[str]:
 
 def drawn(page: Page) -> np.ndarray:
     """The canvas of the masks, (h, w, 4) uint8 RGBA."""
-    page.wait_for_function("document.querySelectorAll('#list li').length > 0")
+    page.wait_for_function("() => document.querySelectorAll('#list li').length > 0")
     url = page.evaluate("document.getElementById('masks').toDataURL('image/png')")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
 
@@ -769,7 +769,7 @@ def test_links_to_images_and_back(report: Path, open_page: Callable[..., Page]) 
     page.click("#next")
     wait_for_address(page, "#/image/3.png")
     page.go_back()
-    page.wait_for_function("document.title === '2.png - maskbeam'")
+    page.wait_for_function("() => document.title === '2.png - maskbeam'")
     page.evaluate("location.hash = '#/image/no-such-image'")
     page.wait_for_selector(".tiles li")
 
