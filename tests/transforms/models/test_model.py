@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import keras_hub
 import numpy as np
 import pytest
 from keras import ops
@@ -18,21 +17,11 @@ from PIL import Image
 from maskbeam.transforms.masks.frame import resized_hw, to_frame
 from maskbeam.transforms.models.sam.encoder import encode_image, read_encoder
 from maskbeam.transforms.models.sam.model import Sam, load_sam
+from tests.transforms.models.conftest import PRESET
 
 pytestmark = pytest.mark.model
 
-PRESET = Path(__file__).parents[2] / "golden" / "sam_128"
 FRAME_SIZE = 128
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Any:
-    return keras_hub.models.SAMImageSegmenter.from_preset(str(PRESET), preprocessor=None).backbone
-
-
-@pytest.fixture(scope="module")
-def sam(backbone: Any) -> Sam:
-    return Sam(backbone)
 
 
 @pytest.fixture(scope="module")

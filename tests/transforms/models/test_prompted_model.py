@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import keras_hub
 import numpy as np
 import pytest
 from keras import ops
 
 from maskbeam.transforms.models.backend import Programs
 from maskbeam.transforms.models.sam.model import Sam, load_sam
+from tests.transforms.models.conftest import PRESET
 
 pytestmark = pytest.mark.model
 
-PRESET = Path(__file__).parents[2] / "golden" / "sam_128"
 FRAME_SIZE = 128
 LOW_SIZE = 64
 COUNT = 3  # prompts of each kind
@@ -72,16 +70,6 @@ def some(kind: str) -> Some:
         masks = np.where(waves[:, :, None] * waves[:, None] > 0.2, 6.9, -6.9).astype(np.float32)
         given["masks"] = masks[:, None, :, :, None]
     return Some(points, labels, masks, given)
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Any:
-    return keras_hub.models.SAMImageSegmenter.from_preset(str(PRESET), preprocessor=None).backbone
-
-
-@pytest.fixture(scope="module")
-def sam(backbone: Any) -> Sam:
-    return Sam(backbone)
 
 
 @pytest.fixture(scope="module")
